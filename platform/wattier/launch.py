@@ -1,0 +1,167 @@
+"""How trials are run: a launcher asks a policy what to try, runs it, and tells the policy what came of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from wattier.config import RunConfig
+from wattier.errors import UserError
+from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
+from wattier.rundir import RunDir, read_json, write_json
+from wattier.trial import RunTrial, TrialContext, TrialSpec, interrupted_or_failed
+from wattier_gnn.distributed import World
+
+
+class Policy(Protocol):
+    """What to try next, and whether to go on with it. One thread calls it."""
+
+    def propose(self) -> Proposal | None:
+        """The next trial to start, or None when there is none left."""
+
+    def on_epoch(self, trial_id: str, record: EpochRecord) -> bool:
+        """Whether a trial may go on after an epoch; told the same epoch twice it gives the same answer."""
+
+    def on_result(self, result: TrialResult) -> None:
+        """Hear how a trial ended."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One fidelity, and what all its trials have in common."""
+
+    run: RunDir
+    config: RunConfig
+    fidelity: Fidelity
+    n_trials: int
+    early_stop_patience: int | None = None
+    warm_start_from: Callable[[str], str | None] = lambda _: None  # trial id -> stage of its weights
+
+    def spec(self, proposal: Proposal) -> TrialSpec:
+        """What one trial's processes need to know."""
+        return TrialSpec(
+            str(self.run.path),
+            proposal,
+            self.fidelity,
+            self.early_stop_patience,
+            self.warm_start_from(proposal.trial_id),
+        )
+
+    def open_trial(self, proposal: Proposal) -> TrialSpec:
+        """Make the trial's folder and note what runs in it, so that a killed run knows what to take up again."""
+        folder = self.run.trial_folder(self.fidelity.stage, proposal.trial_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "trial.json", {"trial_id": proposal.trial_id, "params": proposal.params})
+        return self.spec(proposal)
+
+    def outcome(self, proposal: Proposal, error: str | None) -> TrialResult:
+        """The result that a trial left, or the record of one that left none."""
+        path = self.run.trial_folder(self.fidelity.stage, proposal.trial_id) / "result.json"
+        if path.exists():
+            return TrialResult.from_dict(read_json(path))
+        spec = self.spec(proposal)
+        return interrupted_or_failed(spec, self.run, "failed", error or "the trial ended without a result")
+
+
+OnResult = Callable[[TrialResult], None]
+
+
+class Launcher(Protocol):
+    """Runs the trials of a stage until the policy has no more; every result reaches `on_result` once."""
+
+    def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
+        """Block until the stage is finished.
+
+        Raises:
+            UserError: the stage asks for more than the machine has.
+        """
+
+
+class InlineLauncher:
+    """One trial after the other in this process, further ranks in child processes: for tests and debugging."""
+
+    def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
+        """See `Launcher.run`."""
+        check_local_resources(stage)
+        while (proposal := policy.propose()) is not None:
+            spec = stage.open_trial(proposal)
+            error = self._run_one(stage, spec, policy, run_trial)
+            result = stage.outcome(proposal, error)
+            policy.on_result(result)
+            on_result(result)
+
+    def _run_one(self, stage: Stage, spec: TrialSpec, policy: Policy, run_trial: RunTrial) -> str | None:
+        size, port = spec.fidelity.ranks, free_port()
+        spawn = multiprocessing.get_context("spawn")
+        others = [
+            spawn.Process(target=_run_rank, args=(run_trial, spec, stage.config, World(rank, size, port=port)), daemon=True)
+            for rank in range(1, size)
+        ]
+        for process in others:
+            process.start()
+
+        def report(record: EpochRecord) -> bool:
+            return policy.on_epoch(spec.proposal.trial_id, record)
+
+        error = None
+        for attempt in range(stage.config.resources.retries + 1):
+            try:
+                run_trial(TrialContext(spec, stage.config, World(0, size, port=port), True, report))
+            except Exception:  # noqa: BLE001  (a trial may fail in any way; the search goes on)
+                error = write_traceback(stage, spec)
+                if size > 1 or attempt == stage.config.resources.retries:
+                    break
+            else:
+                error = None
+                break
+        for process in others:
+            process.join(timeout=30)
+            if process.is_alive():
+                process.kill()
+        return error
+
+
+def never_stop(_: EpochRecord) -> bool:
+    """The report of a rank that nobody listens to."""
+    return True
+
+
+def write_traceback(stage: Stage, spec: TrialSpec) -> str:
+    """Put the traceback of the present exception into the trial's folder; its last line is returned."""
+    text = traceback.format_exc()
+    folder = stage.run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
+    (folder / "error.txt").write_text(text)
+    return text.strip().splitlines()[-1]
+
+
+def check_local_resources(stage: Stage) -> None:
+    """Refuse a stage that could never start on this machine.
+
+    Raises:
+        UserError: it asks for more cores than there are.
+    """
+    wanted = stage.fidelity.ranks * stage.config.resources.cpus_per_rank
+    have = os.cpu_count() or 1
+    if wanted > have:
+        raise UserError(
+            f"stage {stage.fidelity.stage!r}: asks for {stage.fidelity.ranks} ranks of "
+            f"{stage.config.resources.cpus_per_rank} CPUs each, {wanted} in all, but this machine has {have}. "
+            "Lower ranks or resources.cpus_per_rank, or set resources.address to a Ray cluster."
+        )
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _run_rank(run_trial: RunTrial, spec: TrialSpec, config: RunConfig, world: World) -> None:
+    run_trial(TrialContext(spec, config, world, True, never_stop))

@@ -1,0 +1,191 @@
+"""What a run leaves behind: one JSON record each, units in the names, None for unknown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from wattier_telemetry import EnergyReport
+
+Status = Literal["complete", "pruned", "failed", "interrupted"]
+Params = dict[str, Any]
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become None, in nested dicts too."""
+    if isinstance(value, dict):
+        return {k: finite_or_none(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far a trial is trained; all trials of a stage share one. structures None = all there are."""
+
+    stage: str
+    structures: int | None
+    epochs: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial to run: its identity and its hyper-parameters."""
+
+    trial_id: str
+    params: Params
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of a trial's ``epochs.jsonl``: what training reported, and joules so far over all attempts and ranks."""
+
+    epoch: int
+    train_loss: float | None
+    val_loss: float | None
+    val_by_source: dict[str, dict[str, float | None]]
+    structures_seen: int
+    seconds: float
+    learning_rate: float
+    energy_joules: float | None = None
+    time_seconds: float | None = None  # seconds since the epoch (Unix), when the line was written
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what is not a finite number becomes None."""
+        return {k: finite_or_none(v) for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EpochRecord:
+        """Inverse of `to_dict`; keys of a newer version are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One row of ``trials.jsonl``. `energy` is the whole bill: lost attempts and all ranks included."""
+
+    run: str
+    trial_id: str
+    params: Params
+    fidelity: Fidelity
+    status: Status
+    val_loss: float | None
+    val_by_source: dict[str, dict[str, float | None]]
+    epochs_done: int
+    structures_seen: int
+    wall_seconds: float
+    energy: EnergyReport
+    n_parameters: int | None = None
+    devices: tuple[str, ...] = ()
+    checkpoint: str | None = None
+    error: str | None = None
+    started_at: str | None = None
+    attempts: int = 1
+    diverged: bool = False
+
+    @property
+    def energy_joules(self) -> float | None:
+        """Total joules of the trial, None where nothing could be measured."""
+        return self.energy.joules
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the total and its method beside the shares."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data |= {
+            "fidelity": asdict(self.fidelity),
+            "energy": self.energy.to_dict(),
+            "energy_joules": self.energy.joules,
+            "energy_method": self.energy.method,
+            "devices": list(self.devices),
+        }
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialResult:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing or of the wrong type.
+        """
+        known = {f.name for f in fields(cls)}
+        try:
+            values = {k: v for k, v in data.items() if k in known}
+            values |= {
+                "fidelity": Fidelity(**data["fidelity"]),
+                "energy": EnergyReport.from_dict(data["energy"]),
+                "devices": tuple(data.get("devices", ())),
+            }
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a trial record: {error}") from error
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Why a trial is in a tier, in words."""
+
+    trial_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A named group of trials chosen by one rule."""
+
+    name: str
+    rule: str
+    picks: tuple[Pick, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of sorting the finished trials of the last stage."""
+
+    stage: str
+    tiers: tuple[Tier, ...]
+    front: tuple[str, ...]
+    hypervolume: float | None
+    reference_point: tuple[float, float] | None  # val_loss, energy_joules
+    candidates: tuple[str, ...]
+    excluded: dict[str, str]  # trial id -> why it was no candidate
+    projected_joules: float | None  # full training of all picks
+    projected_joules_all: float | None  # full training of all candidates, for comparison
+
+    @property
+    def picked(self) -> tuple[str, ...]:
+        """Trial ids of all tiers, in order, each once."""
+        return tuple(dict.fromkeys(pick.trial_id for tier in self.tiers for pick in tier.picks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Selection:
+        """Inverse of `to_dict`."""
+        tiers = tuple(Tier(t["name"], t["rule"], tuple(Pick(**p) for p in t["picks"])) for t in data["tiers"])
+        point = data["reference_point"]
+        return cls(
+            **{
+                **data,
+                "tiers": tiers,
+                "front": tuple(data["front"]),
+                "candidates": tuple(data["candidates"]),
+                "reference_point": tuple(point) if point else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class PhaseEnergy:
+    """Joules of one phase of a run: data, search:<stage>, full training, evaluation."""
+
+    phase: str
+    joules: float | None
+    method: str | None
+    coverage_ratio: float | None
+    trials: int = 0
+    warnings: tuple[str, ...] = field(default_factory=tuple)

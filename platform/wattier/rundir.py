@@ -1,0 +1,195 @@
+"""The run directory: the only state there is. Every verb reads it and writes it, and the same command resumes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wattier.config import RunConfig, load_config
+from wattier.errors import UserError
+from wattier.records import EpochRecord, Selection, TrialResult
+
+FULL_STAGE = "full"
+
+
+class RunDir:
+    """Paths and records of one run.
+
+    ``config.yaml``, ``trials.jsonl`` (written by the driver alone), ``selection.json``, ``evaluation.json``,
+    ``report.html``, ``release/``, ``data/store/``, ``phases/<phase>/*.energy.json``, and a folder a trial:
+    ``trials/<stage>/<trial>/`` with ``epochs.jsonl``, ``last.pt``, ``best.pt``, ``result.json``, ``*.energy.json``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.config_path = self.path / "config.yaml"
+        self.trials_path = self.path / "trials.jsonl"
+        self.selection_path = self.path / "selection.json"
+        self.evaluation_path = self.path / "evaluation.json"
+        self.report_path = self.path / "report.html"
+        self.release_path = self.path / "release"
+        self.store_path = self.path / "data" / "store"
+        self.study_path = self.path / "optuna.log"
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDir:
+        """The directory of a config, made if it is not there.
+
+        Raises:
+            UserError: it holds a run of another config, or cannot be written.
+        """
+        run = cls(Path(config.run_dir))
+        text = config.to_yaml()
+        if run.config_path.exists():
+            if run.config_path.read_text() != text:
+                raise UserError(
+                    f"{run.path}: holds a run of another config{_first_difference(run.config_path.read_text(), text)}. "
+                    "Set another run_dir, or remove the folder to start over."
+                )
+            return run
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_text(run.config_path, text)
+        except OSError as error:
+            raise UserError(f"{run.path}: cannot be written ({error.strerror}). Set another run_dir.") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run.
+
+        Raises:
+            UserError: the folder is no run directory.
+        """
+        run = cls(path)
+        if not run.config_path.is_file():
+            raise UserError(f"{path}: is no run directory (it has no config.yaml). Give one that `wattier run` made.")
+        return run
+
+    def config(self) -> RunConfig:
+        """The config that the run was made with."""
+        return load_config(self.config_path)
+
+    def trial_folder(self, stage: str, trial_id: str) -> Path:
+        """Where a trial writes; nobody else writes there."""
+        return self.path / "trials" / stage / trial_id
+
+    def phase_folder(self, phase: str) -> Path:
+        """Where the driver's own energy journals of a phase lie."""
+        return self.path / "phases" / phase
+
+    def trials(self, stage: str | None = None) -> list[TrialResult]:
+        """All finished trials, in order of finishing; of one id the last row counts."""
+        rows: dict[tuple[str, str], TrialResult] = {}
+        for data in read_json_lines(self.trials_path):
+            result = TrialResult.from_dict(data)
+            rows[result.fidelity.stage, result.trial_id] = result
+        return [row for row in rows.values() if stage in (None, row.fidelity.stage)]
+
+    def epochs(self, stage: str, trial_id: str) -> list[EpochRecord]:
+        """A trial's epochs; of one epoch reported by two attempts the last counts."""
+        lines = read_json_lines(self.trial_folder(stage, trial_id) / "epochs.jsonl")
+        records = (EpochRecord.from_dict(line) for line in lines)
+        return sorted({record.epoch: record for record in records}.values(), key=lambda record: record.epoch)
+
+    def selection(self) -> Selection | None:
+        """The chosen trials, once there are any."""
+        return Selection.from_dict(read_json(self.selection_path)) if self.selection_path.exists() else None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one driver at a time.
+
+        Raises:
+            UserError: another process is running in this directory.
+        """
+        with hold_lock(self.path / "lock") as held:
+            if not held:
+                raise UserError(f"{self.path}: another wattier is running here. Wait for it, or stop it.")
+            yield
+
+
+@contextmanager
+def hold_lock(path: Path) -> Iterator[bool]:
+    """Try to hold an exclusive lock, which the system takes back when the process dies; yields whether it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file whole or not at all; NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not readable JSON ({error}). Remove the file; it will be made again.") from error
+
+
+def append_json_line(path: Path, data: Any) -> None:
+    """Append one record in one write, after closing a line that a crash tore."""
+    line = json.dumps(data, allow_nan=False) + "\n"
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """All whole records; a line torn by a crash is left out, damage elsewhere is an error.
+
+    Raises:
+        UserError: a line that something follows is no JSON and no torn record.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if line.startswith(b"{") and not line.rstrip().endswith(b"}"):
+                continue  # torn: its writer died in the middle and wrote the record again later
+            raise UserError(f"{path}: line {number} is no JSON record ({error}). Remove that line.") from error
+    return records
+
+
+def _first_difference(old: str, new: str) -> str:
+    for before, after in zip(old.splitlines(), new.splitlines(), strict=False):
+        if before != after:
+            return f" (there: {before.strip()!r}, here: {after.strip()!r})"
+    return ""

@@ -1,0 +1,311 @@
+"""One trial: the one place where gnn and telemetry meet.
+
+``run_trial(context)`` is what a user replaces to tune a model of their own: it reads the context, reports epochs, leaves
+its files in the trial's folder, and returns a TrialResult on rank 0.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wattier.config import ModelSection, RunConfig, TrainingSection
+from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
+from wattier.rundir import RunDir, append_json_line, hold_lock, read_json_lines, write_json
+from wattier_gnn import checkpoint
+from wattier_gnn.distributed import World, barrier, process_group
+from wattier_gnn.model import FoundationModel, ModelConfig, build_model, count_parameters
+from wattier_gnn.sampling import choose_subset
+from wattier_gnn.splits import TRAIN, VAL
+from wattier_gnn.store import Store
+from wattier_gnn.train import EpochReport, TrainConfig, Trainer, TrainState
+from wattier_telemetry import EnergyMeter, TrialRegistration, bill, open_source
+from wattier_telemetry.source import PowerSource
+
+ORPHAN_WAIT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What to train, in plain picklable values. early_stop_patience None = train all epochs of the fidelity.
+
+    warm_start_from: stage whose best weights of the same trial the training begins with.
+    """
+
+    run_dir: str
+    proposal: Proposal
+    fidelity: Fidelity
+    early_stop_patience: int | None = None
+    warm_start_from: str | None = None
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """A trial as one of its processes sees it.
+
+    Attributes:
+        spec: what to train.
+        config: the run's config.
+        world: this process's rank among the trial's ranks.
+        exclusive_device: no other rank uses this process's device.
+        report: rank 0 calls it after each epoch; False means stop.
+    """
+
+    spec: TrialSpec
+    config: RunConfig
+    world: World
+    exclusive_device: bool
+    report: Callable[[EpochRecord], bool]
+
+    @property
+    def folder(self) -> Path:
+        """The only place this trial writes to."""
+        run = RunDir(Path(self.spec.run_dir))
+        return run.trial_folder(self.spec.fidelity.stage, self.spec.proposal.trial_id)
+
+
+RunTrial = Callable[[TrialContext], TrialResult | None]
+
+
+def run_trial(context: TrialContext) -> TrialResult | None:
+    """Train one set of hyper-parameters at one fidelity, under an energy meter; resumes from its own last epoch.
+
+    Returns:
+        The result on rank 0 (also written to ``result.json``), None on other ranks.
+    """
+    started = time.monotonic()
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    rank = context.world.rank
+    with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(_own_folder(context.folder))
+        meter, source = stack.enter_context(metered(context.folder, f"rank{rank}", context.config))
+        device = _device(rank)
+        stack.enter_context(process_group(context.world, device, exclusive_device=context.exclusive_device))
+        registration = stack.enter_context(_registered(context, source))
+        trainer = _trainer(context, device)
+        stopped_by: BaseException | None = None
+        try:
+            state = trainer.run(lambda report: _on_epoch(context, report, registration))
+        except SystemExit as stop:  # how Ray Tune tells a function that its scheduler stopped it
+            state, stopped_by = trainer.state, stop
+            state.ended = "stopped"
+        meter.close()
+        barrier()  # all ranks' bills are final from here on
+        if rank != 0:
+            return None
+        result = _result(context, trainer, state, started_at, time.monotonic() - started)
+        write_json(context.folder / "result.json", result.to_dict())
+        if stopped_by is not None:
+            raise stopped_by
+        return result
+
+
+@contextmanager
+def metered(folder: Path, name: str, config: RunConfig) -> Iterator[tuple[EnergyMeter, PowerSource]]:
+    """A running meter whose journal lies in a folder; one journal for each attempt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    telemetry = config.telemetry
+    source = open_source(telemetry.source, rated_watts=telemetry.rated_watts_per_core)
+    attempt = 1 + len(list(folder.glob(f"*{name}.energy.json")))
+    journal = folder / f"attempt{attempt}-{name}.energy.json"
+    try:
+        with EnergyMeter(
+            source, journal=journal, fraction=device_fraction(config), interval_seconds=telemetry.interval_seconds
+        ) as meter:
+            yield meter, source
+    finally:
+        source.close()
+
+
+def device_fraction(config: RunConfig) -> float:
+    """The part of each device that one rank owns: of its GPU, or of the machine's cores where there is none."""
+    resources = config.resources
+    if torch.cuda.is_available():
+        gpus = 1.0 if resources.gpus_per_rank is None else resources.gpus_per_rank
+        return min(1.0, gpus) if gpus > 0 else 1.0
+    return min(1.0, resources.cpus_per_rank / (os.cpu_count() or 1))
+
+
+def settings_of(config: RunConfig, params: Params) -> tuple[ModelSection, TrainingSection]:
+    """The config's model and training sections with a trial's hyper-parameters put in."""
+    model = {k: v for k, v in params.items() if k in ModelSection.model_fields}
+    training = {k: v for k, v in params.items() if k in TrainingSection.model_fields}
+    return (
+        ModelSection.model_validate({**config.model.model_dump(), **model}),
+        TrainingSection.model_validate({**config.training.model_dump(), **training}),
+    )
+
+
+def model_config(store: Store, section: ModelSection) -> ModelConfig:
+    """A network's config for the data of a store."""
+    return ModelConfig(
+        sources=store.sources,
+        energy_scale_ev=tuple(store.meta["energy_scale_ev"]),
+        mean_neighbors=store.meta["mean_neighbors"],
+        cutoff_angstrom=store.meta["cutoff_angstrom"],
+        **section.model_dump(),
+    )
+
+
+def load_member(path: Path) -> FoundationModel:
+    """The model of a ``best.pt``.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    saved = checkpoint.load(path)
+    model = FoundationModel(ModelConfig.from_dict(saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.eval()
+
+
+def interrupted_or_failed(spec: TrialSpec, run: RunDir, status: Status, error: str | None) -> TrialResult:
+    """The record of a trial that left no ``result.json``: rebuilt from its epochs and its energy journals."""
+    folder = run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
+    epochs = run.epochs(spec.fidelity.stage, spec.proposal.trial_id)
+    last = epochs[-1] if epochs else None
+    energy = bill(folder)
+    return TrialResult(
+        run=run.config().name,
+        trial_id=spec.proposal.trial_id,
+        params=spec.proposal.params,
+        fidelity=spec.fidelity,
+        status=status,
+        val_loss=last.val_loss if last else None,
+        val_by_source=last.val_by_source if last else {},
+        epochs_done=last.epoch if last else 0,
+        structures_seen=last.structures_seen if last else 0,
+        wall_seconds=energy.seconds,
+        energy=energy,
+        error=error,
+        attempts=_attempts(folder),
+    )
+
+
+def _trainer(context: TrialContext, device: torch.device) -> Trainer:
+    """The trainer of this rank: same data, same initial weights on every rank."""
+    spec, config = context.spec, context.config
+    torch.set_num_threads(config.resources.cpus_per_rank)
+    store = Store(RunDir(Path(spec.run_dir)).store_path)
+    model_section, training = settings_of(config, spec.proposal.params)
+    model = build_model(model_config(store, model_section), config.seed)
+    if spec.warm_start_from is not None:
+        earlier = RunDir(Path(spec.run_dir)).trial_folder(spec.warm_start_from, spec.proposal.trial_id) / "best.pt"
+        model.load_state_dict(load_member(earlier).state_dict())
+    return Trainer(
+        model,
+        store,
+        TrainConfig(
+            epochs=spec.fidelity.epochs,
+            early_stop_patience=spec.early_stop_patience or spec.fidelity.epochs,
+            seed=config.seed,
+            **training.model_dump(),
+        ),
+        train_indices=choose_subset(store.indices(TRAIN), store.source_index, spec.fidelity.structures, config.seed),
+        val_indices=store.indices(VAL),
+        folder=context.folder,
+        device=device,
+        world=context.world,
+    )
+
+
+def _on_epoch(context: TrialContext, report: EpochReport, registration: dict[str, Any]) -> bool:
+    """Rank 0: one line of ``epochs.jsonl`` with joules so far, a word to the node's exporter, then ask to go on."""
+    energy = bill(context.folder)
+    record = EpochRecord(**report.to_dict(), energy_joules=energy.joules, time_seconds=time.time())
+    append_json_line(context.folder / "epochs.jsonl", record.to_dict())
+    registration |= {
+        "epoch": record.epoch,
+        "val_loss": record.val_loss,
+        "structures_per_second": report.structures_seen / report.epoch / max(report.seconds, 1e-9),
+        "energy_joules": energy.joules,
+        "method": energy.method,
+    }
+    TrialRegistration(**registration).write()
+    return context.report(record)
+
+
+@contextmanager
+def _registered(context: TrialContext, source: PowerSource) -> Iterator[dict[str, Any]]:
+    """Make this rank visible to the node's exporter for as long as it lives; yields the fields to update."""
+    spec = context.spec
+    fields: dict[str, Any] = {
+        "run": context.config.name,
+        "stage": spec.fidelity.stage,
+        "trial": spec.proposal.trial_id,
+        "rank": context.world.rank,
+        "pid": os.getpid(),
+        "device_uuids": tuple(device.uuid for device in source.devices()),
+        "fraction": device_fraction(context.config),
+        "epochs": spec.fidelity.epochs,
+    }
+    first = TrialRegistration(**fields)
+    first.write()
+    try:
+        yield fields
+    finally:
+        first.withdraw()
+
+
+@contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Wait until an orphan of a killed run has left the folder."""
+    for _ in range(ORPHAN_WAIT_SECONDS * 10):
+        with hold_lock(folder / "lock") as held:
+            if held:
+                yield
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"{folder} is still in use by another process after {ORPHAN_WAIT_SECONDS} s")
+
+
+def _device(rank: int) -> torch.device:
+    """This rank's GPU, where the process sees any: its own when the launcher narrowed the view, else by rank."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def _result(
+    context: TrialContext, trainer: Trainer, state: TrainState, started_at: str, seconds: float
+) -> TrialResult:
+    """The record of a training that ended by itself or was stopped."""
+    spec = context.spec
+    status: Status = "pruned" if state.ended in ("stopped", "diverged") else "complete"
+    diverged = state.ended == "diverged"
+    epochs = {record["epoch"]: record for record in read_json_lines(context.folder / "epochs.jsonl")}
+    best = epochs.get(state.best_epoch, {})
+    energy = bill(context.folder)
+    return TrialResult(
+        run=context.config.name,
+        trial_id=spec.proposal.trial_id,
+        params=spec.proposal.params,
+        fidelity=spec.fidelity,
+        status=status,
+        val_loss=None if diverged else finite_or_none(state.best_val_loss),
+        val_by_source=best.get("val_by_source", {}),
+        epochs_done=state.epoch,
+        structures_seen=state.structures_seen,
+        wall_seconds=seconds,
+        energy=energy,
+        n_parameters=count_parameters(trainer.model),
+        devices=tuple(sorted({share.device_uuid for share in energy.shares})),
+        checkpoint=str(trainer.best_path.relative_to(spec.run_dir)) if trainer.best_path.exists() else None,
+        error="the validation loss is not finite" if diverged else None,
+        started_at=started_at,
+        attempts=_attempts(context.folder),
+        diverged=diverged,
+    )
+
+
+def _attempts(folder: Path) -> int:
+    return max(1, len(list(folder.glob("*rank0.energy.json"))))

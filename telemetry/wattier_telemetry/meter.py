@@ -1,0 +1,187 @@
+"""The energy meter: a window around a piece of work, over all devices of a source."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from wattier_telemetry.account import Account
+from wattier_telemetry.journal import Journal
+from wattier_telemetry.records import EnergyReport
+from wattier_telemetry.source import PowerSource
+
+_FIRST_TICK_SECONDS = 0.01  # a source without a power field shows its power only at its second reading
+_RESERVED_INTERVALS = 3.0
+_LONGEST_GAP_INTERVALS = 5.0
+
+
+class EnergyMeter:
+    """Measures the energy of a ``with`` block, and leaves a bill even if the process is killed inside it.
+
+        with EnergyMeter(open_source(), journal=folder / "rank0.energy.json") as meter:
+            ...
+            meter.so_far().joules
+        meter.report.joules
+
+    A background thread reads every device each interval and rewrites the journal: energy so far plus a reservation
+    for three intervals to come (or three times the longest recent stall of the thread, if that is longer), at the
+    larger of present and mean power. A process that is killed is therefore billed a little too much, not too little,
+    as long as its power does not rise and no new stall is longer than that.
+
+    Args:
+        source: What to read; it stays open, for it is the caller's.
+        journal: File ``*.energy.json`` for the journal. If it exists, a free name beside it is used.
+        fraction: Part of each device that this work owns. An estimated source counts only this process, so its
+            joules are never scaled.
+        interval_seconds: Time between two readings, s.
+        clock: Wall clock for the edges of shares, seconds since 1970.
+        monotonic: Clock for durations, s.
+
+    Raises:
+        ValueError: If fraction or interval are out of range, or the journal's name is wrong.
+    """
+
+    def __init__(  # noqa: PLR0913  (two of them are clocks, for tests)
+        self,
+        source: PowerSource,
+        *,
+        journal: Path | None = None,
+        fraction: float = 1.0,
+        interval_seconds: float = 0.1,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction is {fraction}, but must be above 0 and at most 1")
+        if not 0 < interval_seconds < float("inf"):
+            raise ValueError(f"interval_seconds is {interval_seconds}, but must be above 0")
+        self._source = source
+        self._fraction = 1.0 if source.method == "estimated" else fraction
+        self._interval_seconds = interval_seconds
+        self._clock, self._monotonic = clock, monotonic
+        longest_gap = max(1.0, _LONGEST_GAP_INTERVALS * interval_seconds)
+        self._accounts = [Account(d, source.method, longest_gap_seconds=longest_gap) for d in source.devices()]
+        self._journal_path = journal
+        self._journal: Journal | None = None
+        self._journal_failure = ""
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._start_seconds = 0.0
+        self._opened_at: float | None = None
+        self._sampled_at = 0.0
+        self._gaps: deque[float] = deque(maxlen=16)
+        self._report: EnergyReport | None = None
+
+    def __enter__(self) -> Self:
+        """Open the window: reserve in the journal first, then take the first reading."""
+        if self._opened_at is not None:
+            raise RuntimeError("an EnergyMeter measures one window; make a new one for the next")
+        for account in self._accounts:
+            try:
+                account.preview(self._source.read(account.device))
+            except Exception:  # noqa: BLE001  (the first sample will report it)
+                continue
+        if self._journal_path is not None:
+            self._journal = Journal(self._journal_path)
+            self._start_seconds = self._clock()
+            self._journal.write(self._build(0.0, reserved_seconds=self._horizon_seconds()))
+        self._start_seconds, self._opened_at = self._clock(), self._monotonic()
+        self._sampled_at = self._opened_at
+        self._sample(self._opened_at)
+        self._thread = threading.Thread(target=self._run, name="wattier-energy-meter", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the window."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the last reading and put the exact report into the journal. Closing twice is harmless."""
+        if self._opened_at is None or self._report is not None:
+            return
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            now = self._monotonic()
+            self._sample(now, journal=False)
+            self._report = self._build(now - self._opened_at)
+            if self._journal is not None:
+                try:
+                    self._journal.finish(self._report)
+                except OSError as failure:  # the reservation stands: billed a little too much, never too little
+                    self._journal_failure = str(failure)
+                    self._report = self._build(now - self._opened_at)
+
+    @property
+    def report(self) -> EnergyReport:
+        """The exact report of the closed window.
+
+        Raises:
+            RuntimeError: If the window is not closed yet; `so_far` is what is known then.
+        """
+        if self._report is None:
+            raise RuntimeError("the meter has no report before it is closed; ask so_far() for the energy until now")
+        return self._report
+
+    @property
+    def journal(self) -> Path | None:
+        """Where the journal really is, once the window is open."""
+        return self._journal_path if self._journal is None else self._journal.path
+
+    def so_far(self) -> EnergyReport:
+        """Take a reading now and return the energy since the window opened; after close, the report."""
+        with self._lock:
+            if self._report is not None:
+                return self._report
+            if self._opened_at is None:
+                return EnergyReport.empty()
+            now = self._monotonic()
+            self._sample(now)
+            return self._build(now - self._opened_at)
+
+    def _run(self) -> None:
+        delay = min(_FIRST_TICK_SECONDS, self._interval_seconds)
+        while not self._stop.wait(delay):
+            with self._lock:
+                now = self._monotonic()
+                self._sample(now)
+            delay = max(0.0, self._interval_seconds - (self._monotonic() - now))
+
+    def _sample(self, now: float, *, journal: bool = True) -> None:
+        """Read every device; one time for all, so that a window in which all answered is covered exactly."""
+        for account in self._accounts:
+            try:
+                account.add(now, self._source.read(account.device))
+            except Exception as error:  # noqa: BLE001  (whatever a source raises, the other devices must be billed)
+                account.fail(error)
+        self._gaps.append(now - self._sampled_at)
+        self._sampled_at = now
+        if journal and self._journal is not None and self._opened_at is not None:
+            try:
+                self._journal.write(self._build(now - self._opened_at, reserved_seconds=self._horizon_seconds()))
+            except OSError as failure:
+                self._journal_failure = str(failure)
+
+    def _horizon_seconds(self) -> float:
+        """Return how long the journal must last: a thread starved once will be starved again."""
+        return _RESERVED_INTERVALS * max(self._interval_seconds, *self._gaps, 0.0)
+
+    def _build(self, seconds: float, *, reserved_seconds: float = 0.0) -> EnergyReport:
+        shares = [
+            account.share(self._start_seconds, seconds, fraction=self._fraction, reserved_seconds=reserved_seconds)
+            for account in self._accounts
+        ]
+        warnings = [text for account in self._accounts for text in account.warnings()]
+        if self._journal_failure:
+            warnings.append(f"the journal {self.journal} could not be written: {self._journal_failure}")
+        return EnergyReport.of(shares, warnings)

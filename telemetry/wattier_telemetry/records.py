@@ -1,0 +1,268 @@
+# ruff: noqa: TRY004  (a bad type in a file is bad data, and its reader catches ValueError)
+"""What the meter measures: a device, a reading of it, a share of its energy, and a report of shares.
+
+Every unit is in the field's name. ``None`` means "unknown", which is never the same as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+Domain = Literal["gpu", "cpu", "dram"]
+Method = Literal["counter", "integrated", "estimated"]
+
+DOMAINS: tuple[str, ...] = get_args(Domain)
+METHODS: tuple[str, ...] = get_args(Method)  # strongest first: a sum is only as good as its weakest part
+
+
+def weakest(methods: Iterable[Method]) -> Method | None:
+    """Return the least trustworthy of some methods, or None if there are none."""
+    return max(methods, key=METHODS.index, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Something that draws power and can be asked how much.
+
+    Attributes:
+        uuid: Unique in the world, not only on this node: reports of many nodes are added by it.
+        name: What a person calls it, such as ``NVIDIA H200``.
+        domain: ``gpu``, ``cpu`` or ``dram``.
+        index: Position among the source's devices, counted before any visibility mask.
+    """
+
+    uuid: str
+    name: str
+    domain: Domain
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at one device. A field the device cannot answer is None.
+
+    Attributes:
+        time_seconds: Wall clock, seconds since 1970.
+        power_watts: Power now, W.
+        energy_joules: Ever-growing counter with an arbitrary zero, J. Only differences mean anything.
+        utilization_ratio: Share of time busy, 0 to 1.
+        memory_used_bytes: Device memory in use, B.
+        memory_total_bytes: Device memory there is, B.
+        temperature_celsius: Hottest core sensor, degrees Celsius.
+        clock_hertz: Compute clock, Hz.
+        memory_clock_hertz: Memory clock, Hz.
+        throttle_reasons: What holds the clock down; empty = nothing does, None = the device cannot say.
+    """
+
+    time_seconds: float
+    power_watts: float | None = None
+    energy_joules: float | None = None
+    utilization_ratio: float | None = None
+    memory_used_bytes: float | None = None
+    memory_total_bytes: float | None = None
+    temperature_celsius: float | None = None
+    clock_hertz: float | None = None
+    memory_clock_hertz: float | None = None
+    throttle_reasons: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The energy that one piece of work owes for one device over one interval.
+
+    Attributes:
+        device_uuid: Which device.
+        domain: ``gpu``, ``cpu`` or ``dram``.
+        start_seconds: Wall clock at the start, seconds since 1970.
+        end_seconds: Wall clock at the end.
+        fraction: Part of the device this work owned, above 0 and up to 1. ``joules`` is already scaled by it.
+        joules: Energy, J, or None where the device answered nothing at all.
+        method: How the joules are known.
+        coverage_ratio: Share of the interval that was truly measured, 0 to 1.
+
+    Raises:
+        ValueError: If a number is not finite or out of its range.
+    """
+
+    device_uuid: str
+    domain: Domain
+    start_seconds: float
+    end_seconds: float
+    fraction: float
+    joules: float | None
+    method: Method
+    coverage_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would poison a sum later, where nobody could tell where it came from."""
+        for name in ("start_seconds", "end_seconds", "fraction", "joules", "coverage_ratio"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"share of {self.device_uuid}: {name} is {value}, but must be finite")
+        if self.end_seconds < self.start_seconds:
+            raise ValueError(f"share of {self.device_uuid}: ends {self.end_seconds} before {self.start_seconds}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"share of {self.device_uuid}: fraction is {self.fraction}, but must be in (0, 1]")
+        if not 0 <= self.coverage_ratio <= 1:
+            raise ValueError(f"share of {self.device_uuid}: coverage_ratio is {self.coverage_ratio}, not in [0, 1]")
+        if self.joules is not None and self.joules < 0:
+            raise ValueError(f"share of {self.device_uuid}: joules is {self.joules}, but must not be negative")
+        for name, allowed in (("domain", DOMAINS), ("method", METHODS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"share: {name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
+
+    @property
+    def key(self) -> tuple[str, float, float, float]:
+        """What makes two shares the same share, so that adding it twice counts once."""
+        return (self.device_uuid, self.start_seconds, self.end_seconds, self.fraction)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the interval, s."""
+        return self.end_seconds - self.start_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyReport:
+    """Energy by share; reports add up over restarts, ranks and nodes, and no share is counted twice.
+
+    Make one with `EnergyReport.of`, which derives the seconds and the coverage from the shares.
+
+    Attributes:
+        shares: Sorted by key, no key twice.
+        seconds: Wall time under the meter, s: the length of the union of the shares' intervals.
+        coverage_ratio: Share of device time truly measured, 0 to 1 (0 for an empty report).
+        warnings: What a reader must know before trusting the figures, in order of appearance.
+    """
+
+    shares: tuple[Share, ...]
+    seconds: float
+    coverage_ratio: float
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def empty(cls) -> EnergyReport:
+        """Return the report of nothing, which changes no sum."""
+        return cls((), 0.0, 0.0, ())
+
+    @classmethod
+    def of(cls, shares: Iterable[Share], warnings: Iterable[str] = ()) -> EnergyReport:
+        """Build a consistent report; of two shares with one key the dearer stands (never under-bill)."""
+        by_key: dict[tuple[str, float, float, float], Share] = {}
+        for share in shares:
+            rival = by_key.get(share.key)
+            by_key[share.key] = share if rival is None else max(rival, share, key=_rank)
+        kept = tuple(by_key[key] for key in sorted(by_key))
+        return cls(kept, _union_seconds(kept), _coverage_ratio(kept), tuple(dict.fromkeys(warnings)))
+
+    def __add__(self, other: EnergyReport) -> EnergyReport:
+        """Return the union of both reports' shares.
+
+        Do not add a `so_far` to a later report of the same meter: their intervals differ, so both would count.
+        """
+        if not isinstance(other, EnergyReport):
+            return NotImplemented
+        return EnergyReport.of(self.shares + other.shares, self.warnings + other.warnings)
+
+    @property
+    def joules_by_domain(self) -> dict[str, float]:
+        """Energy of each domain in which something was measured, J."""
+        parts: dict[str, list[float]] = {}
+        for share in self.shares:
+            if share.joules is not None:
+                parts.setdefault(share.domain, []).append(share.joules)
+        # fsum rounds once, so that the order in which reports were added leaves no trace.
+        return {domain: math.fsum(parts[domain]) for domain in DOMAINS if domain in parts}
+
+    @property
+    def joules(self) -> float | None:
+        """Total energy, J, or None if nothing was measured."""
+        measured = [share.joules for share in self.shares if share.joules is not None]
+        return math.fsum(measured) if measured else None
+
+    @property
+    def method(self) -> Method | None:
+        """The weakest method among the measured shares, or None if nothing was measured."""
+        return weakest(share.method for share in self.shares if share.joules is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "shares": [asdict(share) for share in self.shares],
+            "seconds": self.seconds,
+            "coverage_ratio": self.coverage_ratio,
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> EnergyReport:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: If a key is missing or unknown, a type is wrong, or a number is not finite.
+        """
+        table = _table(data, "energy report", required={f.name for f in fields(cls)})
+        if not isinstance(table["shares"], list):
+            raise ValueError("energy report: shares must be a list")
+        shares = tuple(_share(item, f"shares[{i}]") for i, item in enumerate(table["shares"]))
+        warnings = table["warnings"]
+        if not isinstance(warnings, list) or not all(isinstance(item, str) for item in warnings):
+            raise ValueError("energy report: warnings must be a list of strings")
+        seconds = _number(table, "seconds", "energy report")
+        return cls(shares, seconds, _number(table, "coverage_ratio", "energy report"), tuple(warnings))
+
+
+def _rank(share: Share) -> tuple[float, int, float]:
+    """Order rivals for one key by what they cost, then the more doubtful first, so that addition commutes."""
+    return (-1.0 if share.joules is None else share.joules, METHODS.index(share.method), -share.coverage_ratio)
+
+
+def _union_seconds(shares: Iterable[Share]) -> float:
+    """Return the length of the union of the shares' intervals, s."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted((share.start_seconds, share.end_seconds) for share in shares):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _coverage_ratio(shares: tuple[Share, ...]) -> float:
+    """Return the mean coverage of the shares, weighted by their seconds."""
+    weight = math.fsum(share.seconds for share in shares)
+    if weight == 0:
+        return 0.0
+    return min(1.0, math.fsum(share.coverage_ratio * share.seconds for share in shares) / weight)
+
+
+def _share(data: Any, where: str) -> Share:
+    names = {f.name for f in fields(Share)}
+    table = _table(data, where, required=names - {"coverage_ratio"}, optional={"coverage_ratio"})
+    for name in ("device_uuid", "domain", "method"):
+        if not isinstance(table[name], str):
+            raise ValueError(f"{where}: {name} must be a string, not {table[name]!r}")
+    numbers = {
+        name: _number(table, name, where)
+        for name in ("start_seconds", "end_seconds", "fraction", "joules", "coverage_ratio")
+        if name in table and not (name == "joules" and table[name] is None)
+    }
+    return Share(**{**table, **numbers})
+
+
+def _table(data: Any, where: str, *, required: set[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: must be a JSON object, not {type(data).__name__}")
+    if missing := required - data.keys():
+        raise ValueError(f"{where}: missing {', '.join(sorted(missing))}")
+    if unknown := data.keys() - required - set(optional):
+        raise ValueError(f"{where}: unknown {', '.join(sorted(map(str, unknown)))}")
+    return data
+
+
+def _number(table: Mapping[str, Any], name: str, where: str) -> float:
+    value = table[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: {name} must be a finite number, not {value!r}")
+    return float(value)

@@ -1,0 +1,116 @@
+"""Which structures are removed, for which reason, and that all of them are counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wattier_gnn.cleaning import CleaningReport, read_clean, removal_reason
+from wattier_gnn.datasets import Reader
+from wattier_gnn.structure import DataError, ShardError, Structure
+
+GOOD = Structure(
+    numbers=np.array([1, 118], dtype=np.int64),
+    positions_angstrom=np.zeros((2, 3)),
+    cell_angstrom=np.eye(3),
+    pbc=(True, True, True),
+    energy_ev=-1.0,
+    forces_ev_per_angstrom=np.array([[60.0, 0.0, 79.9], [0.0, 0.0, 0.0]]),
+    source="toy",
+    group="g",
+    key="k",
+)
+NAN = float("nan")
+
+
+def test_a_good_structure_stays() -> None:
+    assert removal_reason(GOOD, 100.0) is None
+    assert removal_reason(replace(GOOD, forces_ev_per_angstrom=None), 100.0) is None
+
+
+@pytest.mark.parametrize(
+    ("structure", "reason"),
+    [
+        (replace(GOOD, energy_ev=NAN), "nan label"),
+        (replace(GOOD, energy_ev=float("inf")), "nan label"),
+        (replace(GOOD, forces_ev_per_angstrom=np.full((2, 3), NAN)), "nan label"),
+        (replace(GOOD, positions_angstrom=np.full((2, 3), NAN)), "nan position"),
+        (replace(GOOD, cell_angstrom=np.full((3, 3), NAN)), "nan position"),
+        (replace(GOOD, numbers=np.array([0, 1], dtype=np.int64)), "unknown element"),
+        (replace(GOOD, numbers=np.array([1, 119], dtype=np.int64)), "unknown element"),
+        (
+            replace(
+                GOOD,
+                numbers=np.zeros(0, dtype=np.int64),
+                positions_angstrom=np.zeros((0, 3)),
+                forces_ev_per_angstrom=np.zeros((0, 3)),
+            ),
+            "no atoms",
+        ),
+    ],
+)
+def test_reasons(structure: Structure, reason: str) -> None:
+    assert removal_reason(structure, 100.0) == reason
+
+
+def test_the_force_rule_is_per_atom_and_includes_the_threshold() -> None:
+    def with_forces(*rows: tuple[float, float, float]) -> Structure:
+        return replace(GOOD, forces_ev_per_angstrom=np.array(rows, dtype=float))
+
+    assert removal_reason(with_forces((60, 0, 80), (0, 0, 0)), 100.0) == "force above threshold"  # the norm is 100
+    assert removal_reason(with_forces((99, 0, 0), (99, 0, 0)), 100.0) is None  # the norm over all atoms is 140
+    assert removal_reason(with_forces((99, 0, 0), (99, 0, 0)), 50.0) == "force above threshold"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"numbers": np.array([1.0, 2.0])}, r"numbers is float64 \[2\], but must be int64 \[2\]"),
+        ({"numbers": np.zeros((1, 2), dtype=np.int64)}, r"numbers is int64 \[1, 2\]"),
+        ({"positions_angstrom": np.zeros((3, 3))}, r"positions_angstrom is float64 \[3, 3\], but must be .* \[2, 3\]"),
+        ({"cell_angstrom": np.zeros(3)}, r"cell_angstrom is float64 \[3\]"),
+        ({"forces_ev_per_angstrom": np.zeros((2, 3), dtype=np.float32)}, "forces_ev_per_angstrom is float32"),
+        ({"pbc": (True,)}, "pbc"),
+    ],
+)
+def test_a_structure_checks_its_shapes(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=f"toy k: {said}"):
+        replace(GOOD, **change)  # type: ignore[arg-type]
+
+
+def test_a_data_error_is_one_line() -> None:
+    assert str(DataError("a:\n  is b,\n  but must be c")) == "a: is b, but must be c"
+
+
+def toy_reader(structures_before_damage: list[Structure]) -> Reader:
+    def read(path: Path) -> Iterator[Structure]:
+        yield from structures_before_damage
+        if path.name == "bad":
+            raise ShardError(f"{path}: is bad")
+
+    return Reader("toy", lambda path: [path / "good", path / "bad"], read, "none")
+
+
+def test_everything_read_is_counted() -> None:
+    report = CleaningReport()
+    structures = [GOOD, replace(GOOD, energy_ev=NAN), replace(GOOD, energy_ev=-2.0)]
+    kept = list(read_clean(toy_reader(structures), Path("/p"), 100.0, report))
+    assert [structure.energy_ev for structure in kept] == [-1.0, -2.0, -1.0, -2.0]
+    assert report.read == {"toy": 6}
+    assert report.kept == {"toy": 4}
+    assert report.removed == {"toy": {"nan label": 2}}
+    assert report.bad_shards == {"toy": ["/p/bad: is bad"]}
+
+
+def test_a_report_survives_json() -> None:
+    report = CleaningReport()
+    report.count("a", None)
+    report.count("a", "no atoms")
+    report.count_bad_shard("b", "b/1: is bad")
+    assert CleaningReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert CleaningReport.from_dict(CleaningReport().to_dict()) == CleaningReport()

@@ -1,0 +1,301 @@
+"""The meter against closed forms, with an injected clock; then its journal, and processes killed under it."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from wattier_telemetry import (
+    Device,
+    EnergyMeter,
+    EnergyReport,
+    Reading,
+    SourceUnavailable,
+    bill,
+    open_source,
+    read_journal,
+)
+from wattier_telemetry.rapl import RaplSource
+from wattier_telemetry.replay import ReplaySource
+
+
+class Clock:
+    """A clock that moves when told to, so that the background thread (which waits an hour) never interferes."""
+
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+class Script:
+    """A source that gives what the test says, at each moment."""
+
+    name, method = "script", "counter"
+
+    def __init__(self, readings, devices=1):
+        self.readings = readings  # function of the device's index -> Reading, or raises
+        self.listed = tuple(Device(f"d{i}", f"device {i}", "gpu", i) for i in range(devices))
+
+    def devices(self):
+        return self.listed
+
+    def read(self, device):
+        return self.readings(device.index)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def meter(clock):
+    def make(source, **options):
+        return EnergyMeter(source, interval_seconds=3600, clock=clock, monotonic=clock, **options)
+
+    return make
+
+
+def settle():
+    """Let the meter's first early tick pass, so that the test's own steps are the only ones left."""
+    time.sleep(0.05)
+
+
+def test_constant_watts(clock, meter, trace):
+    with meter(ReplaySource(trace("0,g,250"), clock=clock)) as running:
+        clock.now += 4
+        assert running.so_far().joules == pytest.approx(1000)
+        clock.now += 4
+    report = running.report
+    assert report.joules == pytest.approx(2000)
+    assert (report.seconds, report.coverage_ratio, report.method) == (8, 1, "integrated")
+    assert report.shares[0].key == ("g", 1000, 1008, 1)
+    assert running.so_far() == report
+
+
+def test_ramp(clock, meter, trace):
+    with meter(ReplaySource(trace("1000,g,0", "1010,g,300"), clock=clock)) as running:
+        clock.now += 7
+    assert running.report.joules == pytest.approx(30 * 7**2 / 2)
+
+
+def test_fraction_scales_a_device_but_not_an_estimate(clock, meter, trace):
+    with meter(ReplaySource(trace("0,g,250"), clock=clock), fraction=0.25) as running:
+        clock.now += 8
+    assert running.report.joules == pytest.approx(500)
+    assert running.report.shares[0].fraction == 0.25
+    with EnergyMeter(open_source("estimated"), fraction=0.25) as running:
+        pass
+    assert running.report.shares[0].fraction == 1
+    assert running.report.method == "estimated"
+
+
+def test_power_samples_are_integrated_with_their_true_times(clock, meter):
+    with meter(Script(lambda _: Reading(clock.now, power_watts=clock.now - 1000))) as running:
+        for step in (1, 0.5, 2.5):
+            clock.now += step
+            running.so_far()
+    assert running.report.joules == pytest.approx(4**2 / 2)
+    assert (running.report.method, running.report.coverage_ratio) == ("integrated", 1)
+
+
+def test_rapl_wrap_around(clock, meter, powercap):
+    counter = powercap / "intel-rapl:0/energy_uj"
+    counter.write_text("9000000")
+    with meter(RaplSource(powercap)) as running:
+        counter.write_text("500000")
+        clock.now += 1
+    assert running.report.joules_by_domain == {"cpu": pytest.approx(1.5), "dram": 0.0}
+    assert running.report.method == "counter"
+
+
+@pytest.mark.parametrize("case", [(150.0, 350.0, "integrated", 3), (None, 200.0, "counter", 2)])
+def test_backward_counter(clock, meter, case):
+    watts, joules, method, covered = case
+    counter = iter([5000, 5100, 4000, 4100])
+    value = {}
+
+    def reading(_):
+        if clock.now not in value:
+            value[clock.now] = next(counter)
+        return Reading(clock.now, power_watts=watts, energy_joules=value[clock.now])
+
+    with meter(Script(reading)) as running:
+        settle()
+        for _ in range(3):
+            clock.now += 1
+            running.so_far()
+    assert running.report.joules == pytest.approx(joules)
+    assert running.report.method == method
+    assert running.report.coverage_ratio == pytest.approx(covered / 3)
+    assert "went backward 1 time" in running.report.warnings[0]
+
+
+def test_failed_readings_cost_a_power_meter_its_coverage_but_a_counter_nothing(clock):
+    def reading(index):
+        if 1001 <= clock.now < 1003:
+            raise SourceUnavailable("fell off the bus")
+        return Reading(clock.now, **{"energy_joules" if index else "power_watts": clock.now if index else 10.0})
+
+    running = EnergyMeter(Script(reading, devices=2), interval_seconds=0.3, clock=clock, monotonic=clock)
+    with running:
+        for _ in range(4):
+            clock.now += 1
+            running.so_far()
+    sampled, counted = running.report.shares
+    assert (sampled.joules, sampled.coverage_ratio) == (pytest.approx(40), pytest.approx(1 / 4))
+    assert (counted.joules, counted.coverage_ratio) == (pytest.approx(4), 1)
+    assert any("fell off the bus" in text for text in running.report.warnings)
+
+
+def test_silent_device_is_unknown(clock, meter):
+    def reading(_):
+        raise SourceUnavailable("no answer")
+
+    with meter(Script(reading)) as running:
+        clock.now += 5
+    assert (running.report.joules, running.report.coverage_ratio, running.report.seconds) == (None, 0, 5)
+
+
+def test_background_thread_samples_in_real_time(trace):
+    with EnergyMeter(open_source(f"replay:{trace('0,g,100')}"), interval_seconds=0.02) as running:
+        started = time.time()
+        time.sleep(0.2)
+        spent = time.time() - started
+    assert 100 * spent <= running.report.joules < 100 * (spent + 0.3)
+
+
+def test_misuse(trace, tmp_path):
+    source = open_source(f"replay:{trace('0,g,100')}")
+    for options in ({"fraction": 0}, {"fraction": 1.1}, {"interval_seconds": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            EnergyMeter(source, **options)
+    with pytest.raises(RuntimeError, match="so_far"):
+        _ = EnergyMeter(source).report
+    with pytest.raises(ValueError, match=r"energy\.json"), EnergyMeter(source, journal=tmp_path / "a.json"):
+        pass
+    with EnergyMeter(source) as running:
+        pass
+    with pytest.raises(RuntimeError, match="one window"):
+        running.__enter__()
+
+
+class TestJournal:
+    def test_reserves_while_running_and_is_exact_when_closed(self, clock, trace, tmp_path):
+        path = tmp_path / "trial" / "rank0.energy.json"
+        source = ReplaySource(trace("0,g,100"), clock=clock)
+        with EnergyMeter(source, journal=path, interval_seconds=600, clock=clock, monotonic=clock) as running:
+            owed = read_journal(path)  # opened a moment ago: three intervals are reserved
+            assert owed.joules == pytest.approx(100 * 1800)
+            assert "was not closed" in owed.warnings[0]
+            clock.now += 10
+            running.so_far()
+            owed = read_journal(path)
+            assert owed.joules == pytest.approx(100 * 1810)
+            assert owed.shares[0].end_seconds == pytest.approx(2810)
+        assert read_journal(path) == running.report
+        assert running.report.joules == pytest.approx(1000)
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_reserves_at_the_mean_when_power_has_just_dropped(self, clock, trace, tmp_path):
+        source = ReplaySource(trace("0,g,100", "1010,g,100", "1010.001,g,1"), clock=clock)
+        path = tmp_path / "a.energy.json"
+        with EnergyMeter(source, journal=path, interval_seconds=600, clock=clock, monotonic=clock) as running:
+            clock.now += 11
+            so_far = running.so_far().joules
+            assert read_journal(path).joules == pytest.approx(so_far + so_far / 11 * 1800)
+
+    def test_second_attempt_keeps_the_first_bill(self, clock, meter, trace, tmp_path):
+        for watts in (100, 10):
+            source = ReplaySource(trace(f"0,g,{watts}", name=f"{watts}.csv"), clock=clock)
+            with meter(source, journal=tmp_path / "bill" / "rank0.energy.json") as running:
+                clock.now += 10
+        assert running.journal.name == "rank0.2.energy.json"
+        total = bill(tmp_path / "bill")
+        assert total.joules == pytest.approx(1100)
+        assert (total.seconds, total.warnings) == (20, ())
+
+    def test_many_devices_outgrow_the_page(self, clock, meter, tmp_path):
+        path = tmp_path / "a.energy.json"
+        source = Script(lambda _: Reading(clock.now, power_watts=1.0, energy_joules=clock.now), devices=64)
+        with meter(source, journal=path) as running:
+            clock.now += 2
+            running.so_far()
+            assert len(read_journal(path).shares) == 64
+        assert read_journal(path).joules == pytest.approx(128)
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", '{"final": true}', '{"final": 1, "report": {}}', '{"final": true, "report": {}}']
+    )
+    def test_corrupt_file_is_named(self, tmp_path, text):
+        path = tmp_path / "bad.energy.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.energy\.json"):
+            read_journal(path)
+        assert "bad.energy.json" in bill(tmp_path).warnings[0]
+        assert bill(tmp_path).joules is None
+
+    def test_missing(self, tmp_path):
+        assert bill(tmp_path / "nowhere") == EnergyReport.empty()
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_journal(tmp_path / "absent.energy.json")
+
+    def test_a_reader_never_sees_garbage(self, trace, tmp_path):
+        path = tmp_path / "a.energy.json"
+        with EnergyMeter(open_source(f"replay:{trace('0,g,100')}"), journal=path, interval_seconds=0.001):
+            for _ in range(300):
+                assert json.loads(path.read_text())["final"] is False
+
+    def test_full_disk_does_not_stop_the_work(self, clock, meter, trace, tmp_path, monkeypatch):
+        source = ReplaySource(trace("0,g,100"), clock=clock)
+        with meter(source, journal=tmp_path / "a.energy.json") as running:
+            settle()
+
+            def full(*_, **__):
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr("os.pwrite", full)
+            clock.now += 1
+            assert running.so_far().joules == pytest.approx(100)
+        assert "No space left" in running.report.warnings[0]
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from wattier_telemetry import EnergyMeter, open_source
+with EnergyMeter(open_source("replay:" + sys.argv[1]), journal=Path(sys.argv[2]), interval_seconds=0.05):
+    with open(sys.argv[3], "w", buffering=1) as log:
+        while True:
+            log.write(f"{time.time():.6f}\\n")
+            time.sleep(0.003)
+"""
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_process_is_billed_and_never_too_little(seed, trace, tmp_path):
+    watts, path, log = 400.0, tmp_path / "bill" / "rank0.energy.json", tmp_path / "alive.log"
+    command = [sys.executable, "-c", CHILD, str(trace(f"0,g,{watts}")), str(path), str(log)]
+    child = subprocess.Popen(command)
+    try:
+        while not (log.exists() and log.stat().st_size):
+            assert child.poll() is None
+            time.sleep(0.002)
+        time.sleep(random.Random(seed).uniform(0.0, 0.6))
+    finally:
+        child.kill()
+        child.wait()
+    alive = [float(line) for line in log.read_text().splitlines() if len(line) == 17]
+    true_joules = watts * (alive[-1] - alive[0])
+    owed = bill(path.parent)
+    assert true_joules <= owed.joules <= true_joules + watts * 0.5
+    assert owed.shares[0].end_seconds >= alive[-1]
+    assert "was not closed" in owed.warnings[0]
