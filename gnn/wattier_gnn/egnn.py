@@ -39,6 +39,20 @@ class RadialBasis(nn.Module):
         return self.cutoff_angstrom * torch.sin(safe * self.frequency) / safe
 
 
+class ToScalar(nn.Module):
+    """Features [E, H] -> [E, 1] without a bias.
+
+    The weight is a vector: of the gradient of a [1, H] matrix, with its odd strides, DistributedDataParallel warns.
+    """
+
+    def __init__(self, n_in: int, *, gain: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in).uniform_(-gain * n_in**-0.5, gain * n_in**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight)[:, None]
+
+
 class EGNNLayer(nn.Module):
     """One round of messages. Scalars h [N, H] are invariant, edge vectors r [E, 3] equivariant.
 
@@ -52,29 +66,22 @@ class EGNNLayer(nn.Module):
         self.sender = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.radial = nn.Linear(n_radial, hidden_dim, bias=False)
         self.message = nn.Linear(hidden_dim, hidden_dim)
-        self.node = nn.Sequential(
-            nn.Linear(2 * hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)
-        )
+        self.node = nn.Sequential(nn.Linear(2 * hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
         # The last layer of an invariant readout has no use for moved coordinates: its weights would get no gradient
         # and DistributedDataParallel would refuse the second step.
-        self.coordinate = (
-            nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1, bias=False))
-            if moves_coordinates
-            else None
-        )
-        if self.coordinate is not None:
-            nn.init.xavier_uniform_(self.coordinate[-1].weight, gain=1e-2)
+        self.coordinate: nn.Sequential | None = None
+        if moves_coordinates:
+            push = ToScalar(hidden_dim, gain=2e-2)
+            self.coordinate = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), push)
 
-    def forward(
-        self, h: Tensor, vectors: Tensor, edge_index: Tensor, basis: RadialBasis, mean_neighbors: Tensor
+    def forward(  # noqa: PLR0913, PLR0917
+        self, h: Tensor, vectors: Tensor, edge_index: Tensor, envelope: Tensor, basis: RadialBasis, norm: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """New h [N, H], new edge vectors [E, 3], messages [E, H]."""
+        """New h [N, H], new edge vectors [E, 3], messages [E, H]; envelope [E, 1] is that of the undisturbed edges."""
         i, j = edge_index
         distance = torch.linalg.vector_norm(vectors, dim=1)
-        envelope = basis.envelope(distance)[:, None]
         pair = self.receiver(h)[i] + self.sender(h)[j] + self.radial(basis(distance) * envelope)
         messages = nn.functional.silu(self.message(nn.functional.silu(pair))) * envelope
-        norm = mean_neighbors.sqrt() / MESSAGE_GAIN
         gathered = torch.zeros_like(h).index_add(0, i, messages) / norm
         h = h + self.node(torch.cat([h, gathered], dim=1))
         if self.coordinate is not None:
@@ -96,13 +103,16 @@ class EGNN(nn.Module):
         self.layers = nn.ModuleList(
             EGNNLayer(hidden_dim, n_radial, moves_coordinates=index < n_layers - 1) for index in range(n_layers)
         )
-        self.register_buffer("mean_neighbors", torch.tensor(float(mean_neighbors)))
+        self.register_buffer("mean_neighbors", torch.tensor(max(float(mean_neighbors), 1.0)))  # 0: isolated atoms only
 
     mean_neighbors: Tensor
 
     def forward(self, numbers: Tensor, vectors: Tensor, edge_index: Tensor) -> tuple[Tensor, Tensor]:
         h = self.embedding(numbers)
         messages = vectors.new_zeros(vectors.shape[0], h.shape[1])
+        norm = self.mean_neighbors.sqrt() / MESSAGE_GAIN
+        # Of the undisturbed distance in every layer: that alone decides whether the edge is there at all.
+        envelope = self.basis.envelope(torch.linalg.vector_norm(vectors, dim=1))[:, None]
         for layer in self.layers:
-            h, vectors, messages = layer(h, vectors, edge_index, self.basis, self.mean_neighbors)
+            h, vectors, messages = layer(h, vectors, edge_index, envelope, self.basis, norm)
         return h, messages

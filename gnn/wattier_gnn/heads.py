@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from wattier_gnn.egnn import ToScalar
+
 
 class SourceEnergyHeads(nn.Module):
     """Atomic energies from node features, by the network of the atom's own source: h [N, H] -> [N].
@@ -42,7 +44,7 @@ class VectorForceHead(nn.Module):
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
-        self.strength = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1))
+        self.strength = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), ToScalar(hidden_dim))
 
     def forward(self, messages: Tensor, vectors: Tensor, envelope: Tensor, receivers: Tensor, n_atoms: int) -> Tensor:
         """Forces [N, 3] in units of the source's scale; `vectors` [E, 3] are the undisturbed edge vectors."""

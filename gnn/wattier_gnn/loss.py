@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,3 +34,31 @@ def error_sums(prediction: Prediction, batch: Batch, n_sources: int) -> Tensor:
     sums[:, 3].index_add_(0, batch.source_index, energy_error / batch.n_atoms)
     sums[:, 4].index_add_(0, atom_source, force_error)
     return sums
+
+
+def metrics_by_source(sums: Tensor, sources: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Mean absolute errors of each source that has structures."""
+    result = {}
+    for source, (structures, components, energy, per_atom, force) in zip(sources, sums.tolist(), strict=True):
+        if structures:
+            result[source] = {
+                "energy_mae_ev": energy / structures,
+                "energy_mae_ev_per_atom": per_atom / structures,
+                "force_mae_ev_per_angstrom": force / components if components else math.nan,
+            }
+    return result
+
+
+def weighted_loss(
+    by_source: Mapping[str, Mapping[str, float]],
+    scale_ev: Mapping[str, float],
+    energy_weight: float,
+    force_weight: float,
+) -> float:
+    """Mean over sources of the scaled, weighted errors: independent of batch size, ranks and source imbalance."""
+    terms = []
+    for source, metrics in by_source.items():
+        force = metrics["force_mae_ev_per_angstrom"]
+        term = energy_weight * metrics["energy_mae_ev_per_atom"]
+        terms.append((term + (0.0 if math.isnan(force) else force_weight * force)) / scale_ev[source])
+    return sum(terms) / len(terms) if terms else math.nan

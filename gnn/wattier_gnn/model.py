@@ -50,7 +50,8 @@ class ModelConfig:
         if unknown := sorted(set(data) - known):
             raise ValueError(f"model config has unknown keys {unknown}; known are {sorted(known)}")
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+            arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(**arguments)
         except TypeError as error:
             raise ValueError(f"model config is incomplete: {error}") from error
 

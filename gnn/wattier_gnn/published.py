@@ -33,16 +33,14 @@ class PublishedSizes:
     def __post_init__(self) -> None:
         """Raises ValueError where the published algebra does not reach."""
         if self.n_layers < 2:
-            raise ValueError(
-                f"n_layers is {self.n_layers}, but must be at least 2: first and last layer differ"
-            )
+            raise ValueError(f"n_layers is {self.n_layers}, but must be at least 2: first and last layer differ")
         for name in ("shared", "energy_head", "force_head"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty, but must hold at least one width")
 
 
 class PublishedLayer(nn.Module):
-    """One message-passing layer: node features [N, n_in] -> [N, H]; all but the last one move the coordinates [N, 3]."""
+    """One message-passing layer: node features [N, n_in] -> [N, H]; all but the last move the coordinates [N, 3]."""
 
     def __init__(self, n_in: int, hidden_dim: int, *, moves_coordinates: bool) -> None:
         super().__init__()

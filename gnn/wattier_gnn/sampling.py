@@ -21,7 +21,7 @@ def choose_subset(indices: Any, source_index: Any, n_structures: int | None, see
     return np.sort(np.concatenate([pile[:n] for pile, n in zip(piles, taken, strict=True)]))
 
 
-def epoch_batches(
+def epoch_batches(  # noqa: PLR0913  (most are keywords)
     indices: Any, batch_structures: int, *, seed: int, epoch: int, rank: int, world_size: int, shuffle: bool
 ) -> Iterator[Any]:
     """This rank's part of each global batch; a rank may get an empty part of the last one.

@@ -46,9 +46,10 @@ class Store:
             raise DataError(
                 f"{folder}: not a readable store ({error}). Remove the folder and prepare the data again."
             ) from error
-        if self.meta.get("format_version") != FORMAT_VERSION:
+        version = self.meta.get("format_version") if isinstance(self.meta, dict) else None
+        if version != FORMAT_VERSION:
             raise DataError(
-                f"{folder}: store version is {self.meta.get('format_version')}, but must be {FORMAT_VERSION}. "
+                f"{folder}: store version is {version}, but must be {FORMAT_VERSION}. "
                 "Remove the folder and prepare the data again."
             )
         self.numbers, self.positions = arrays["numbers"], arrays["positions"]
@@ -141,7 +142,7 @@ def structures_to_arrays(
     }
 
 
-def write_store(
+def write_store(  # noqa: PLR0913  (most are keywords)
     folder: Path,
     structures: Sequence[Structure],
     split: Any,
@@ -168,19 +169,27 @@ def write_store(
         "groups": [s.group for s in structures],
         "keys": [s.key for s in structures],
     }
+    _write_atomically(folder, arrays, {"meta.json": json.dumps(meta), **(extra_files or {})})
+    return Store(folder)
+
+
+def _write_atomically(folder: Path, arrays: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    """A folder of files, under its name only when all of them are on the disk."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, array in arrays.items():
-        with (temporary / f"{name}.npy").open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-    for name, text in {"meta.json": json.dumps(meta), **(extra_files or {})}.items():
-        (temporary / name).write_text(text)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    return Store(folder)
+    try:
+        for name, array in arrays.items():
+            with (temporary / f"{name}.npy").open("wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, text in texts.items():
+            (temporary / name).write_text(text)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _force_scales(arrays: dict[str, Any], training: Any, n_sources: int) -> list[float]:

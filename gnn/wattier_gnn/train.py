@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wattier_gnn import checkpoint
 from wattier_gnn.distributed import World, all_sum, from_rank_zero
-from wattier_gnn.loss import error_sums, loss_terms
+from wattier_gnn.loss import error_sums, loss_terms, metrics_by_source, weighted_loss
 from wattier_gnn.model import FoundationModel
 from wattier_gnn.sampling import epoch_batches
 from wattier_gnn.store import Store
+from wattier_gnn.structure import DataError
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ OnEpoch = Callable[[EpochReport], bool]
 class Trainer:
     """One training of one model in this process; the other ranks run the same code."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (a training needs them all, and they come from different places)
         self,
         model: FoundationModel,
         store: Store,
@@ -103,9 +104,7 @@ class Trainer:
         self.store, self.config, self.folder, self.device = store, config, folder, device
         self.train_indices, self.val_indices = train_indices, val_indices
         self.model = model.to(device)
-        self.average = torch.optim.swa_utils.AveragedModel(
-            self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
-        )
+        self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=_warmed_average(config.ema_decay))
         self.wrapped: nn.Module = DistributedDataParallel(self.model) if self.world.size > 1 else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -138,7 +137,7 @@ class Trainer:
             self.state.epoch += 1
             self.state.structures_seen += len(self.train_indices)
             self.plateau.step(val_loss)
-            improved = self._note(val_loss)
+            improved = self._note(train_loss, val_loss)
             report = EpochReport(
                 self.state.epoch, train_loss, val_loss, by_source, self.state.structures_seen,
                 time.monotonic() - started, self.optimizer.param_groups[0]["lr"],
@@ -167,6 +166,7 @@ class Trainer:
         return model
 
     def _train_epoch(self, epoch: int) -> float:
+        """Mean loss of the steps that were taken; NaN if there was none."""
         self.wrapped.train()
         total, steps = 0.0, 0
         for indices in epoch_batches(
@@ -174,8 +174,9 @@ class Trainer:
             rank=self.world.rank, world_size=self.world.size, shuffle=True,
         ):  # fmt: skip
             loss = self._step(indices)
-            total, steps = total + loss, steps + 1
-        return total / max(steps, 1)
+            if math.isfinite(loss):
+                total, steps = total + loss, steps + 1
+        return total / steps if steps else math.nan
 
     def _step(self, indices: Any) -> float:
         """One optimiser step; the loss is the global batch's whatever the number of ranks."""
@@ -188,17 +189,19 @@ class Trainer:
         # DDP averages gradients over ranks: times the world size, over global counts, is the global batch's mean.
         loss = (energy_sum / counts[0].clamp(min=1) + force_sum / counts[1].clamp(min=1)) * self.world.size
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
-        if torch.isfinite(norm):  # the same number on all ranks: gradients are already averaged
+        value = float(all_sum(loss.detach() / self.world.size))
+        # Both are the same on all ranks. The loss must be asked too: the gradient of |x - NaN| is 0.
+        if math.isfinite(value) and torch.isfinite(norm):
             self.optimizer.step()
             self.average.update_parameters(self.model)
-        return float(all_sum(loss.detach() / self.world.size))
+        return value
 
-    def _note(self, val_loss: float) -> bool:
+    def _note(self, train_loss: float, val_loss: float) -> bool:
         """Update the early-stop counters; True when this epoch is the best so far."""
         state = self.state
-        if not math.isfinite(val_loss):
+        if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
             state.ended = "diverged"
             return False
         improved = val_loss < state.best_val_loss
@@ -246,16 +249,34 @@ class Trainer:
         if not found:
             return
         saved = checkpoint.load(self.last_path, self.device)
-        self.model.load_state_dict(saved["model"])
-        self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.plateau.load_state_dict(saved["plateau"])
-        self.state = TrainState(**saved["state"])
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.average.load_state_dict(saved["average"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.plateau.load_state_dict(saved["plateau"])
+            self.state = TrainState(**saved["state"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.last_path}: does not fit this model and trainer ({str(error).splitlines()[0]}), but must come "
+                "from the same config. Remove the file to start over."
+            ) from error
         if self.state.ended == "epochs" and self.state.epoch < self.config.epochs:
             self.state.ended = ""  # asked for more epochs than last time
 
 
-def evaluate_sums(
+def _warmed_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential moving average whose decay grows as (1 + n) / (10 + n) up to `decay`: young weights do not linger."""
+
+    @torch.no_grad()
+    def update(averages: Any, values: Any, n_averaged: Any) -> None:
+        n = float(n_averaged)
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def evaluate_sums(  # noqa: PLR0913, PLR0917
     model: FoundationModel, store: Store, indices: Any, batch_structures: int, device: torch.device, world: World
 ) -> torch.Tensor:
     """Error sums [S, 5] over all ranks, see `loss.error_sums`."""
@@ -269,28 +290,3 @@ def evaluate_sums(
                 batch = store.batch(part).to(device)
                 sums += error_sums(model(batch), batch, len(store.sources))
     return all_sum(sums)
-
-
-def metrics_by_source(sums: torch.Tensor, sources: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Mean absolute errors of each source that has structures."""
-    result = {}
-    for source, (structures, components, energy, per_atom, force) in zip(sources, sums.tolist(), strict=True):
-        if structures:
-            result[source] = {
-                "energy_mae_ev": energy / structures,
-                "energy_mae_ev_per_atom": per_atom / structures,
-                "force_mae_ev_per_angstrom": force / components if components else math.nan,
-            }
-    return result
-
-
-def weighted_loss(
-    by_source: Mapping[str, Mapping[str, float]], scale_ev: Mapping[str, float], energy_weight: float, force_weight: float
-) -> float:
-    """Mean over sources of the scaled, weighted errors: independent of batch size, ranks and source imbalance."""
-    terms = []
-    for source, metrics in by_source.items():
-        force = metrics["force_mae_ev_per_angstrom"]
-        term = energy_weight * metrics["energy_mae_ev_per_atom"]
-        terms.append((term + (0.0 if math.isnan(force) else force_weight * force)) / scale_ev[source])
-    return sum(terms) / len(terms) if terms else math.nan

@@ -40,7 +40,7 @@ class Stage:
     fidelity: Fidelity
     n_trials: int
     early_stop_patience: int | None = None
-    warm_start_from: Callable[[str], str | None] = lambda _: None  # trial id -> stage of its weights
+    warm_start_from: str | None = None  # stage whose weights the trials of the same ids begin with
 
     def spec(self, proposal: Proposal) -> TrialSpec:
         """What one trial's processes need to know."""
@@ -49,7 +49,7 @@ class Stage:
             proposal,
             self.fidelity,
             self.early_stop_patience,
-            self.warm_start_from(proposal.trial_id),
+            self.warm_start_from,
         )
 
     def open_trial(self, proposal: Proposal) -> TrialSpec:

@@ -118,7 +118,7 @@ class RunDir:
 def hold_lock(path: Path) -> Iterator[bool]:
     """Try to hold an exclusive lock, which the system takes back when the process dies; yields whether it is held."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

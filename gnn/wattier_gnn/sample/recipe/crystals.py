@@ -18,6 +18,7 @@ from ase.spacegroup import crystal
 TAG_BULK, TAG_SURFACE, TAG_ADSORBATE = 0, 1, 2
 VACUUM_ANGSTROM = 6.0
 RATTLE_ANGSTROM = (0.03, 0.06, 0.09, 0.12, 0.15)
+BULK_RATTLE_ANGSTROM = (0.03, 0.09, 0.15)  # fewer frames of more materials: what is held out are materials
 
 FCC_METALS = ("Cu", "Ag", "Au", "Ni", "Pd", "Pt", "Al", "Rh", "Ir")
 ADSORBATES = {
@@ -43,7 +44,8 @@ RUTILE_OXIDES = {
 }  # fmt: skip
 FLUORITE_OXIDES = {"Ce": 5.41, "Zr": 5.09, "Hf": 5.12}
 ALKALI, ALKALINE = ("Li", "Na", "K"), ("Mg", "Ca", "Sr", "Ba")
-METALS = ("Al", "Ti", "Zr", "Fe", "Ni", "Cu", "Zn", "Ga")
+PEROVSKITE = [(0, 0, 0), (0.5, 0.5, 0.5), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)]
+L12 = [(0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)]
 
 
 def alloy_slabs(n_systems: int) -> Iterator[tuple[str, str, Atoms]]:
@@ -111,16 +113,20 @@ def bulk_crystals(n_materials: int, calculator: Any) -> Iterator[tuple[str, str,
         relaxed = _at_equilibrium_volume(atoms, calculator)
         if len(relaxed) <= 4:
             relaxed = relaxed * (2, 1, 1)
-        for key, group, frame in _rattled(relaxed, f"mp-{9000 + index}", rng):
+        for key, group, frame in _rattled(relaxed, f"mp-{9000 + index}", rng, widths_angstrom=BULK_RATTLE_ANGSTROM):
             strain = rng.uniform(-0.04, 0.04, size=(3, 3))
             frame.set_cell(frame.cell @ (np.eye(3) + (strain + strain.T) / 2), scale_atoms=True)
             yield key, group, frame
 
 
 def _rattled(
-    atoms: Atoms, system: str, rng: np.random.Generator, movable: Any = slice(None)
+    atoms: Atoms,
+    system: str,
+    rng: np.random.Generator,
+    movable: Any = slice(None),
+    widths_angstrom: tuple[float, ...] = RATTLE_ANGSTROM,
 ) -> Iterator[tuple[str, str, Atoms]]:
-    for frame_index, width in enumerate(RATTLE_ANGSTROM):
+    for frame_index, width in enumerate(widths_angstrom):
         frame = atoms.copy()
         frame.calc, frame.info = None, {}
         frame.set_constraint()
@@ -145,35 +151,32 @@ def _prototypes() -> Iterator[Atoms]:
     binaries = (
         ("rocksalt", ALKALI, ("F", "Cl", "Br")),
         ("rocksalt", ALKALINE, ("O", "S", "Se")),
-        ("rocksalt", ("Ti", "Zr", "Fe", "Ni"), ("O", "N", "C")),
-        ("zincblende", ("Al", "Ga", "Zn", "Cu"), ("N", "P", "As", "S", "Se")),
-        ("cesiumchloride", ("Ni", "Fe", "Cu", "Zn"), ("Al", "Ti", "Zr")),
+        ("rocksalt", ("Ti", "Zr", "Fe", "Ni"), ("O", "N", "C", "S")),
+        ("zincblende", ("Al", "Ga", "Zn", "Cu", "Mg"), ("N", "P", "As", "S", "Se")),
+        ("cesiumchloride", ("Ni", "Fe", "Cu", "Zn", "Pd", "Ag"), ("Al", "Ti", "Zr", "Mg", "Ca")),
     )
     for structure, cations, anions in binaries:
         for cation in cations:
             for anion in anions:
                 yield bulk(cation + anion, structure, a=_length(structure, cation, anion))
-    for metal, anion in (("Ca", "F"), ("Sr", "F"), ("Ba", "F"), ("Zr", "O"), ("Mg", "Si"), ("Ba", "Cl"), ("Sr", "Cl")):
+    fluorites = [(a, b) for a in ALKALINE for b in ("F", "Cl")] + [("Zr", "O"), ("Ti", "O"), ("Mg", "Si"), ("Ni", "Si")]
+    antifluorites = [(b, a) for a in ALKALI for b in ("O", "S", "Se")]
+    for metal, anion in fluorites + antifluorites:
         yield bulk(f"{metal}{anion}2", "fluorite", a=_length("zincblende", metal, anion))
     for large in ("K", "Na", "Ca", "Sr", "Ba"):
-        for small, anion in (("Ti", "O"), ("Zr", "O"), ("Mg", "F"), ("Zn", "F"), ("Ni", "F")):
-            cell = 2 * (_radius(small) + _radius(anion)) * 0.95
-            yield Atoms(
-                f"{large}{small}{anion}3",
-                scaled_positions=[(0, 0, 0), (0.5,) * 3, (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)],
-                cell=[cell] * 3,
-                pbc=True,
-            )
-    for major in ("Ni", "Cu", "Pt", "Al"):
-        for minor in ("Al", "Ti", "Zn", "Au", "Pd"):
+        for small, anion in (
+            ("Ti", "O"), ("Zr", "O"), ("Fe", "O"), ("Al", "O"), ("Mg", "F"), ("Zn", "F"), ("Ni", "F"), ("Cu", "F"),
+            ("Zr", "S"), ("Ti", "N"),
+        ):  # fmt: skip
+            yield _cubic([large, small, *[anion] * 3], PEROVSKITE, 1.9 * (_radius(small) + _radius(anion)))
+    for major in ("Ni", "Cu", "Pt", "Al", "Pd", "Au", "Ag"):
+        for minor in ("Al", "Ti", "Zn", "Au", "Pd", "Zr", "Fe"):
             if major != minor:
-                cell = 0.75 * _length("fcc", major) + 0.25 * _length("fcc", minor)
-                yield Atoms(
-                    f"{minor}{major}3",
-                    scaled_positions=[(0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)],
-                    cell=[cell] * 3,
-                    pbc=True,
-                )
+                yield _cubic([minor, *[major] * 3], L12, 0.75 * _length("fcc", major) + 0.25 * _length("fcc", minor))
+
+
+def _cubic(symbols: list[str], scaled_positions: list[tuple[float, float, float]], edge_angstrom: float) -> Atoms:
+    return Atoms(symbols, scaled_positions=scaled_positions, cell=[edge_angstrom] * 3, pbc=True)
 
 
 def _radius(symbol: str) -> float:

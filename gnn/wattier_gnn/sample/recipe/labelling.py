@@ -15,7 +15,7 @@ from wattier_gnn.sample.recipe.label import Labeller, label_frames
 
 FIRST_MOLECULE_SEED = 1000
 N_SLABS = 90
-N_MATERIALS = 130
+N_MATERIALS = 230
 
 Say = Callable[[str], None]
 

@@ -1,0 +1,5 @@
+"""``python -m wattier``, as a Ray job calls it."""
+
+from wattier.cli import main
+
+main()

@@ -1,0 +1,231 @@
+"""The command ``wattier``. Heavy libraries are imported by the verb that needs them, so that --help answers at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from wattier.config import RunConfig
+    from wattier.console import RunConsole
+    from wattier.rundir import RunDir
+
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Choose which graph foundation model to train, and know its price in joules before you pay it.\n\n"
+    "A run goes: data, search in stages, selection in tiers, full training, evaluation, release, report. `wattier run "
+    "CONFIG` does all of it; every other verb does one step. All are resumable: the run directory is the only state, "
+    "and the same command goes on where it stopped.\n\n"
+    "Start with: wattier run configs/quickstart.yaml",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at configs: defaults filled in, the schema, model sizes.")
+app.add_typer(config_app, name="config")
+
+Target = Annotated[
+    Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML config, or the run directory that one made.")
+]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, such as configs/quickstart.yaml.")]
+
+
+@app.command()
+def run(target: Target) -> None:
+    """Do everything that is left of a run: data, search, selection, training, evaluation, release, report."""
+    with _opened(target) as (rundir, config, console):
+        from wattier import run as steps
+        from wattier.console import print_ledger, print_tiers
+
+        with steps.launcher_for(config) as launcher:
+            worked = steps.run_all(rundir, config, launcher, console)
+        print_tiers(rundir, console.console)
+        print_ledger(rundir, console.console)
+        if not worked:
+            console.console.print("Nothing was left to do.")
+        console.console.print(f"Release: {rundir.release_path}", markup=False)
+        console.console.print(f"Report: {rundir.report_path}", markup=False)
+
+
+@app.command()
+def status(target: Target) -> None:
+    """Show where a run stands: trials by stage, tiers, joules by phase."""
+    from wattier.console import make_console, print_status
+
+    print_status(_existing(target), make_console())
+
+
+@app.command()
+def search(target: Target) -> None:
+    """Prepare the data and run the stages of the search."""
+    _step(target, lambda steps: steps.search)
+
+
+@app.command()
+def select(target: Target) -> None:
+    """Sort the finished trials into tiers, with a reason for each pick."""
+    with _opened(target) as (rundir, config, console):
+        from wattier import run as steps
+        from wattier.console import print_tiers
+
+        steps.select(rundir, config, console)
+        print_tiers(rundir, console.console)
+
+
+@app.command()
+def train(target: Target) -> None:
+    """Train the picked trials to convergence."""
+    _step(target, lambda steps: steps.train)
+
+
+@app.command()
+def evaluate(target: Target) -> None:
+    """Evaluate the trained members as an ensemble on held-out groups."""
+    with _opened(target) as (rundir, config, console):
+        from wattier import run as steps
+
+        steps.evaluate(rundir, config, console)
+
+
+@app.command()
+def report(target: Target) -> None:
+    """Write report.html, one file that needs no network."""
+    from wattier.report import write_report
+
+    typer.echo(write_report(_existing(target)))
+
+
+@app.command()
+def export(target: Target) -> None:
+    """Write the release folder: weights, references, hashes, model card, example."""
+    from wattier.release import export_release
+
+    rundir = _existing(target)
+    with rundir.lock():
+        typer.echo(export_release(rundir, rundir.config()))
+
+
+@app.command()
+def doctor() -> None:
+    """Say which energy sources and which devices work here, and what to do about those that do not."""
+    from rich.table import Table
+
+    from wattier.console import make_console
+    from wattier_telemetry.doctor import diagnose
+
+    table = Table(title="Energy sources", title_justify="left")
+    for name in ("source", "works", "measures", "what to do"):
+        table.add_column(name, overflow="fold")
+    for finding in diagnose():
+        table.add_row(finding.source, "yes" if finding.works else "no", finding.measures, finding.what_to_do)
+    make_console().print(table)
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath) -> None:
+    """Print a config with all defaults filled in."""
+    from wattier.config import load_config
+
+    typer.echo(load_config(config).to_yaml(), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a config, for editors."""
+    import json
+
+    from wattier.config import RunConfig
+
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@config_app.command("params")
+def config_params(config: ConfigPath) -> None:
+    """Count the parameters of named model sizes, from the built modules: one line a size."""
+    from wattier.config import load_sizes
+
+    sizes = load_sizes(config).sizes
+    from wattier_gnn.published import PublishedSizes, count_from_module
+
+    for name, size in sizes.items():
+        published = PublishedSizes(
+            size.hidden_dim, size.n_layers, tuple(size.shared), tuple(size.energy_head), tuple(size.force_head)
+        )
+        typer.echo(f"{name} {count_from_module(published)}")
+
+
+def _step(target: Path, step: Callable[[Any], Callable[..., Any]]) -> None:
+    with _opened(target) as (rundir, config, console):
+        from wattier import run as steps
+
+        with steps.launcher_for(config) as launcher:
+            step(steps)(rundir, config, launcher, console)
+
+
+@contextmanager
+def _opened(target: Path) -> Iterator[tuple[RunDir, RunConfig, RunConsole]]:
+    """The run of a config or a run directory, locked, with a console that shows its progress."""
+    from wattier.config import load_config
+    from wattier.rundir import RunDir
+
+    if target.is_dir():
+        rundir = RunDir.open(target)
+        config = rundir.config()
+    else:
+        config = load_config(target)
+        rundir = RunDir.create(config)
+    with rundir.lock():
+        from wattier.console import RunConsole
+
+        with RunConsole(rundir) as console:
+            yield rundir, config, console
+
+
+def _existing(target: Path) -> RunDir:
+    from wattier.config import load_config
+    from wattier.rundir import RunDir
+
+    return RunDir.open(target if target.is_dir() else Path(load_config(target).run_dir))
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line and exit code 2, a bug leaves its traceback in a file."""
+    logging.basicConfig(level=os.environ.get("WATTIER_LOG_LEVEL", "WARNING"), format="%(name)s: %(message)s")
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on from here.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001  (the last line of defence)
+        if _is_users(error):
+            typer.echo(" ".join(str(error).split()), err=True)
+            sys.exit(EXIT_BAD_INPUT)
+        path = Path(f"wattier-crash-{os.getpid()}.txt").absolute()
+        path.write_text(traceback.format_exc())
+        typer.echo(f"wattier failed: {type(error).__name__}: {error}. The traceback is in {path}.", err=True)
+        sys.exit(EXIT_FAILURE)
+
+
+def _is_users(error: Exception) -> bool:
+    """Errors whose message is meant for the user, of all three packages; imported only when something failed."""
+    from wattier.errors import UserError
+    from wattier_telemetry.source import SourceUnavailable
+
+    if isinstance(error, UserError | SourceUnavailable):
+        return True
+    from wattier_gnn.structure import DataError
+
+    return isinstance(error, DataError)
+
+
+if __name__ == "__main__":
+    main()

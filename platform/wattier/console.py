@@ -1,0 +1,172 @@
+"""What a person sees while a run works: all printing is here. Rich in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, JustifyMethod
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from wattier.ledger import LedgerInfo, ledger_info
+from wattier.records import TrialResult
+from wattier.rundir import RunDir, read_json_lines
+from wattier.units import format_joules
+from wattier.views import selection_info
+
+LIVE_REFRESH_SECONDS = 1.0
+PLAIN_WIDTH = 150  # of tables that go to a file or a pipe
+COLUMNS_OF_TIERS: tuple[tuple[str, JustifyMethod], ...] = (
+    ("tier", "left"), ("trial", "left"), ("val loss", "right"), ("energy", "right"), ("trained to", "right"),
+    ("why", "left"),
+)  # fmt: skip
+COLUMNS_OF_LEDGER: tuple[tuple[str, JustifyMethod], ...] = (
+    ("phase", "left"), ("energy", "right"), ("method", "left"), ("trials", "right"),
+)  # fmt: skip
+
+
+class RunConsole:
+    """Progress of a run. Use as a context manager: in a terminal it shows the running trials live."""
+
+    def __init__(self, run: RunDir, console: Console | None = None) -> None:
+        self.run = run
+        self.console = console or make_console()
+        self._started = time.monotonic()
+        self._live: Live | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, transient=True, auto_refresh=False)
+            self._live.start()
+            self._thread = threading.Thread(target=self._refresh, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._live is not None:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+        self.console.print(Text(f"[{self._clock()}] {name}", style="bold"))
+
+    def say(self, text: str) -> None:
+        """One line of progress."""
+        self.console.print(Text(f"[{self._clock()}]   {text}"))
+
+    def trial(self, result: TrialResult, done: int, total: int) -> None:
+        """A trial ended."""
+        loss = "loss unknown" if result.val_loss is None else f"loss {result.val_loss:.4f}"
+        energy = f"{format_joules(result.energy_joules)} ({result.energy.method or 'unknown'})"
+        error = f", {result.error}" if result.error else ""
+        self.say(
+            f"{result.fidelity.stage} {done}/{total}: {result.trial_id} {result.status} after {result.epochs_done} "
+            f"epochs, {loss}, {energy}{error}"
+        )
+
+    def _clock(self) -> str:
+        seconds = int(time.monotonic() - self._started)
+        return f"{seconds // 60:02d}:{seconds % 60:02d}"
+
+    def _refresh(self) -> None:
+        while not self._stop.wait(LIVE_REFRESH_SECONDS):
+            if self._live is not None:
+                self._live.update(running_table(self.run.path), refresh=True)
+
+
+def make_console() -> Console:
+    """A terminal's own width; a fixed one where there is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def running_table(path: Path) -> Table:
+    """The trials that have a folder but no result yet, with their last epoch."""
+    table = Table(box=None, padding=(0, 2))
+    for name in ("running", "epoch", "val loss", "energy so far"):
+        table.add_column(name, justify="left" if name == "running" else "right")
+    for folder in sorted((path / "trials").glob("*/*")):
+        if (folder / "result.json").exists() or not (folder / "trial.json").exists():
+            continue
+        lines = read_json_lines(folder / "epochs.jsonl")
+        last: dict[str, Any] = lines[-1] if lines else {}
+        loss = last.get("val_loss")
+        table.add_row(
+            f"{folder.parent.name}/{folder.name}",
+            str(last.get("epoch", 0)),
+            "" if loss is None else f"{loss:.4f}",
+            format_joules(last.get("energy_joules")),
+        )
+    return table
+
+
+def print_tiers(run: RunDir, console: Console) -> None:
+    """The tier table with a reason for each pick."""
+    info = selection_info(run)
+    if info is None:
+        return
+    table = Table(title=f"Selected trials of stage {info.selection.stage}", title_justify="left", title_style="bold")
+    for name, justify in COLUMNS_OF_TIERS:
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in info.rows:
+        loss, joules = (row.search.val_loss, row.search.energy_joules) if row.search else (None, None)
+        trained = row.full.val_loss if row.full else None
+        table.add_row(
+            row.tier, row.trial_id, _loss(loss), format_joules(joules), _loss(trained), row.reason
+        )
+    console.print(table)
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def print_ledger(run: RunDir, console: Console) -> None:
+    """Joules by phase, each with its method."""
+    console.print(ledger_table(ledger_info(run)))
+
+
+def ledger_table(info: LedgerInfo) -> Table:
+    """The ledger as a table."""
+    table = Table(title="Energy by phase", title_justify="left", title_style="bold")
+    for name, justify in COLUMNS_OF_LEDGER:
+        table.add_column(name, justify=justify)
+    for phase in info.phases:
+        table.add_row(phase.phase, format_joules(phase.joules), phase.method or "unknown", str(phase.trials or ""))
+    table.add_section()
+    table.add_row("total", format_joules(info.total.joules), info.total.method or "unknown", str(info.total.trials))
+    return table
+
+
+def print_status(run: RunDir, console: Console) -> None:
+    """Where a run stands."""
+    config = run.config()
+    console.print(Text(f"{config.name} in {run.path}", style="bold"))
+    for stage in config.search.stages:
+        results = run.trials(stage.name)
+        counts = {status: sum(r.status == status for r in results) for status in ("complete", "pruned", "failed")}
+        known = ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "nothing yet"
+        console.print(Text(f"  search:{stage.name}: {len(results)}/{stage.trials} trials, {known}"))
+    selection = run.selection()
+    console.print(Text(f"  selection: {', '.join(selection.picked) if selection else 'not yet'}"))
+    full = run.trials("full")
+    console.print(Text(f"  full training: {len(full)}/{len(selection.picked) if selection else '?'} members"))
+    for name, path in (("evaluation", run.evaluation_path), ("report", run.report_path), ("release", run.release_path)):
+        console.print(Text(f"  {name}: {path if path.exists() else 'not yet'}"))
+    running = running_table(run.path)
+    if running.row_count:
+        console.print(running)
+    print_tiers(run, console)
+    print_ledger(run, console)

@@ -1,0 +1,153 @@
+"""What the ensemble is worth on held-out groups: errors by source, against the composition baseline, and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wattier.config import RunConfig
+from wattier.records import TrialResult, finite_or_none
+from wattier.rundir import RunDir, write_json
+from wattier.trial import load_member
+from wattier_gnn.ensemble import Ensemble, spread
+from wattier_gnn.splits import TEST, TRAIN, VAL
+from wattier_gnn.store import Store, ragged
+from wattier_gnn.uncertainty import calibration, fit_scale, rank_correlation
+
+BATCH_STRUCTURES = 64
+MAX_PARITY_POINTS = 1000
+
+
+class Predictions(NamedTuple):
+    """An uncalibrated ensemble against the labels of B structures with N atoms; per-atom energies are [B]."""
+
+    energy_error_ev: Any  # [B]
+    energy_std_ev: Any  # [B]
+    energy_true_ev: Any  # [B] without the composition reference
+    n_atoms: Any  # [B]
+    source_index: Any  # [B]
+    force_true: Any  # [N, 3] eV/A
+    force_predicted: Any  # [N, 3] eV/A
+    force_std: Any  # [N, 3] eV/A
+    force_known: Any  # bool [N]
+    atom_source: Any  # [N]
+
+
+def evaluate_run(
+    run: RunDir, config: RunConfig, members: Sequence[TrialResult], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Evaluate the members as one ensemble and write ``evaluation.json``."""
+    store = Store(run.store_path)
+    ensemble = load_ensemble(run, members, store)
+    validation = predict_split(ensemble, store, VAL)
+    test = predict_split(ensemble, store, TEST)
+    forces = _known_forces(validation)
+    scales = {
+        "energy": fit_scale(validation.energy_error_ev, validation.energy_std_ev),
+        "forces": fit_scale(*forces),
+    }
+    evaluation = {
+        "config_name": config.name,
+        "members": [
+            {
+                "trial_id": m.trial_id,
+                "val_loss": m.val_loss,
+                "epochs_done": m.epochs_done,
+                "n_parameters": m.n_parameters,
+                "energy_joules": m.energy_joules,
+            }
+            for m in members
+        ],
+        "sources": {
+            name: finite_or_none(_source_metrics(store, test, index)) for index, name in enumerate(store.sources)
+        },
+        "calibration": {
+            "energy": calibration(
+                test.energy_error_ev, test.energy_std_ev * scales["energy"], scales["energy"]
+            )._asdict(),
+            "forces": calibration(
+                _known_forces(test)[0], _known_forces(test)[1] * scales["forces"], scales["forces"]
+            )._asdict(),
+        },
+        "parity": {name: _parity(test, index, scales["energy"]) for index, name in enumerate(store.sources)},
+    }
+    write_json(run.evaluation_path, finite_or_none(evaluation))
+    say(f"evaluation: {len(members)} members on {len(test.n_atoms)} held-out structures")
+    return evaluation
+
+
+def load_ensemble(run: RunDir, members: Sequence[TrialResult], store: Store) -> Ensemble:
+    """The trained members with the store's references, spread not yet calibrated."""
+    models = tuple(load_member(run.path / str(member.checkpoint)) for member in members)
+    return Ensemble(models, store.references)
+
+
+def predict_split(ensemble: Ensemble, store: Store, split: int) -> Predictions:
+    """Run the ensemble over all structures of one split."""
+    indices = store.indices(split)
+    energies, forces = [], []
+    for start in range(0, len(indices), BATCH_STRUCTURES):
+        part = indices[start : start + BATCH_STRUCTURES]
+        prediction = ensemble.predict_batch(store.batch(part), np.zeros(len(part)))
+        energies.append(prediction.member_energies_ev)
+        forces.append(prediction.member_forces_ev_per_angstrom)
+    energy, force = np.concatenate(energies, axis=1), np.concatenate(forces, axis=1)
+    true = np.asarray(store.energy[indices]) - store.baseline_ev(indices)
+    atoms, owner = ragged(store.atom_offset, indices)
+    source_index = store.source_index[indices]
+    return Predictions(
+        energy.mean(axis=0) - true, spread(energy), true, store.n_atoms[indices], source_index,
+        np.asarray(store.forces[atoms]), force.mean(axis=0), spread(force), np.asarray(store.force_mask[atoms]),
+        source_index[owner],
+    )  # fmt: skip
+
+
+def _known_forces(p: Predictions) -> tuple[Any, Any]:
+    """Errors and spreads of all force components with a label: two [n]."""
+    known = p.force_known
+    return (p.force_predicted - p.force_true)[known].ravel(), p.force_std[known].ravel()
+
+
+def _source_metrics(store: Store, p: Predictions, index: int) -> dict[str, Any]:
+    chosen = p.source_index == index
+    error, true, n_atoms = p.energy_error_ev[chosen], p.energy_true_ev[chosen], p.n_atoms[chosen]
+    atoms = (p.atom_source == index) & p.force_known
+    force_true, force_predicted = p.force_true[atoms].ravel(), p.force_predicted[atoms].ravel()
+    varied = len(force_true) > 1 and np.ptp(force_true) > 0 and np.ptp(force_predicted) > 0
+    baseline = float(np.abs(true).mean())
+    mae = float(np.abs(error).mean())
+    force_error = force_predicted - force_true
+    return {
+        "n_structures": int(chosen.sum()),
+        "n_train": int((store.source_index[store.indices(TRAIN)] == index).sum()),
+        "energy_mae_ev": mae,
+        "energy_mae_ev_per_atom": float(np.abs(error / n_atoms).mean()),
+        "energy_rmse_ev": float(np.sqrt(np.mean(error**2))),
+        "force_mae_ev_per_angstrom": float(np.abs(force_error).mean()) if len(force_true) else None,
+        "force_rmse_ev_per_angstrom": float(np.sqrt(np.mean(force_error**2))) if len(force_true) else None,
+        "force_correlation": float(np.corrcoef(force_true, force_predicted)[0, 1]) if varied else None,
+        "reference_energy_mae_ev": baseline,
+        "energy_mae_ratio": mae / baseline if baseline else None,
+        "spearman_error_spread": rank_correlation(np.abs(error), p.energy_std_ev[chosen]),
+    }
+
+
+def _parity(p: Predictions, index: int, scale: float) -> dict[str, list[float]]:
+    """Points for the parity plots, thinned evenly to at most 1000 a series."""
+    chosen = np.flatnonzero(p.source_index == index)
+    chosen = chosen[:: max(1, len(chosen) // MAX_PARITY_POINTS)]
+    n_atoms = p.n_atoms[chosen]
+    atoms = (p.atom_source == index) & p.force_known
+    force_true, force_predicted = p.force_true[atoms].ravel(), p.force_predicted[atoms].ravel()
+    step = max(1, len(force_true) // MAX_PARITY_POINTS)
+    true = p.energy_true_ev[chosen] / n_atoms
+    series = {
+        "energy_true_ev_per_atom": true,
+        "energy_predicted_ev_per_atom": true + p.energy_error_ev[chosen] / n_atoms,
+        "energy_std_ev_per_atom": p.energy_std_ev[chosen] * scale / n_atoms,
+        "force_true_ev_per_angstrom": force_true[::step],
+        "force_predicted_ev_per_angstrom": force_predicted[::step],
+    }
+    return {name: np.round(values, 5).tolist() for name, values in series.items()}

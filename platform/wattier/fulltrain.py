@@ -1,0 +1,65 @@
+"""Full training: only the picked trials, on all training structures, until they converge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from wattier.config import RunConfig
+from wattier.errors import UserError
+from wattier.launch import Launcher, Stage
+from wattier.records import Fidelity, Proposal, Selection, TrialResult
+from wattier.rundir import FULL_STAGE, RunDir
+from wattier.search import FixedPolicy, run_stage
+from wattier.trial import RunTrial
+
+
+def train_members(
+    run: RunDir, config: RunConfig, launcher: Launcher, run_trial: RunTrial, on_result: Callable[[TrialResult], None]
+) -> list[TrialResult]:
+    """Train every picked trial that is not trained yet; the complete members, in the order of the selection.
+
+    Raises:
+        UserError: nothing is selected yet, or no member could be trained.
+    """
+    selection = _selection(run)
+    params = {result.trial_id: result.params for result in run.trials(selection.stage)}
+    full = config.full_training
+    stage = Stage(
+        run,
+        config,
+        Fidelity(FULL_STAGE, None, full.epochs, full.ranks),
+        n_trials=len(selection.picked),
+        early_stop_patience=full.early_stop_patience,
+        warm_start_from=selection.stage if full.warm_start else None,
+    )
+
+    def policy() -> FixedPolicy:
+        done = {result.trial_id for result in run.trials(FULL_STAGE)}
+        return FixedPolicy([Proposal(t, params[t]) for t in selection.picked if t not in done])
+
+    run_stage(stage, policy, launcher, run_trial, on_result)
+    return trained_members(run)
+
+
+def trained_members(run: RunDir) -> list[TrialResult]:
+    """The picked trials that are trained to the end, in the order of the selection.
+
+    Raises:
+        UserError: nothing is selected, a pick is not trained yet, or none of them could be.
+    """
+    selection = _selection(run)
+    results = {result.trial_id: result for result in run.trials(FULL_STAGE)}
+    if missing := [t for t in selection.picked if t not in results]:
+        raise UserError(f"{run.path}: {', '.join(missing)} not trained yet. Run `wattier train` first.")
+    members = [results[t] for t in selection.picked if results[t].status == "complete"]
+    if not members:
+        errors = "; ".join(f"{r.trial_id}: {r.error or r.status}" for r in results.values())
+        raise UserError(f"{run.path}: no member of the ensemble was trained ({errors}). See error.txt in its folder.")
+    return members
+
+
+def _selection(run: RunDir) -> Selection:
+    selection = run.selection()
+    if selection is None:
+        raise UserError(f"{run.path}: nothing is selected yet. Run `wattier select` first.")
+    return selection

@@ -1,0 +1,360 @@
+"""Trials as Ray Tune functions: the only file that imports Ray.
+
+A trial is one Tune function in a placement group with a bundle for each rank; the function is rank 0, the other ranks are
+actors in the other bundles, kept from one trial to the next. Searching is left to the policy: Tune asks it through a thin
+searcher and a thin scheduler. Tune's own experiment state is never restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Ray binds to all interfaces unless told so before it is imported; it reads the others at import time too.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # a stopped trial unwinds before its actor is reused
+os.environ.setdefault("TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S", "120")
+
+from wattier.config import ResourcesSection  # noqa: E402
+from wattier.errors import UserError  # noqa: E402
+from wattier.launch import (  # noqa: E402
+    OnResult,
+    Policy,
+    Stage,
+    check_local_resources,
+    free_port,
+    never_stop,
+    write_traceback,
+)
+from wattier.records import EpochRecord, Proposal  # noqa: E402
+from wattier.trial import RunTrial, TrialContext, TrialSpec  # noqa: E402
+from wattier_gnn.distributed import World  # noqa: E402
+
+log = logging.getLogger(__name__)
+OBJECT_STORE_BYTES = 100 * 1024 * 1024  # trials read the store from disk and pass only small records
+RESULT_WAIT_SECONDS = 60
+
+
+class RayLauncher:
+    """Runs trials on Ray: a private cluster on this machine, or a running one by its address.
+
+    The cluster starts with the first stage and lasts until `close`: a process can hold one token only.
+    """
+
+    def __init__(self) -> None:
+        self._cluster = contextlib.ExitStack()
+        self._started = False
+
+    def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
+        """See `Launcher.run`."""
+        if stage.config.resources.address is None:
+            check_local_resources(stage)
+        if not self._started:
+            self._cluster.enter_context(_cluster(stage.config.resources))
+            self._started = True
+        _check_cluster_resources(stage)
+        _run_tune(stage, policy, run_trial, on_result)
+
+    def close(self) -> None:
+        """Leave the cluster; a private one ends, with every process in it."""
+        self._cluster.close()
+
+
+@contextmanager
+def _cluster(resources: ResourcesSection) -> Iterator[None]:
+    """Connect to Ray for the length of the block; a private cluster ends with it."""
+    private = resources.address is None and "RAY_ADDRESS" not in os.environ
+    if private:
+        # Everything on loopback, for this user alone.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ["RAY_AUTH_MODE"] = "token"
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"address": resources.address or os.environ.get("RAY_ADDRESS")}
+        if private:
+            folder = Path(tempfile.mkdtemp(prefix="wattier-ray-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            token = folder / "token"
+            token.touch(mode=0o600)
+            token.write_text(secrets.token_hex(32))
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+            options = {
+                "address": "local",
+                "include_dashboard": False,
+                "num_cpus": os.cpu_count(),
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": str(folder),
+            }
+        import ray
+
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
+        except ConnectionError as error:
+            raise UserError(
+                f"resources.address: no Ray cluster answers at {options['address']!r} ({error}). "
+                "Give the address of a running one, or leave it out for a private one."
+            ) from error
+        stack.callback(ray.shutdown)
+        yield
+
+
+def _check_cluster_resources(stage: Stage) -> None:
+    """Refuse a stage that would wait for ever."""
+    import ray
+
+    have: Mapping[str, float] = ray.cluster_resources()
+    for name, each in _bundle(stage.config.resources).items():
+        wanted = each * stage.fidelity.ranks
+        if wanted > have.get(name, 0):
+            raise UserError(
+                f"stage {stage.fidelity.stage!r}: asks for {stage.fidelity.ranks} ranks of {each:g} {name} each, but the "
+                f"Ray cluster has {have.get(name, 0):g} {name}. Lower ranks or resources, or add nodes."
+            )
+
+
+def _bundle(resources: ResourcesSection) -> dict[str, float]:
+    """What one rank is given. Without a word on GPUs it gets one where there is one."""
+    import ray
+
+    gpus = resources.gpus_per_rank
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    bundle = {"CPU": float(resources.cpus_per_rank)}
+    return bundle | ({"GPU": gpus} if gpus else {})
+
+
+def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
+    from ray import tune
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+    from ray.tune.search import Searcher
+
+    driver = _Driver(stage, policy, on_result)
+
+    class PolicySearcher(Searcher):  # type: ignore[misc]
+        """Asks the policy; whatever Tune pickles of it is empty."""
+
+        def suggest(self, trial_id: str) -> dict[str, Any] | Any:
+            proposal = policy.propose()
+            if proposal is None:
+                return Searcher.FINISHED
+            spec = stage.open_trial(proposal)
+            driver.started[trial_id] = proposal
+            return {"spec": spec}
+
+        def on_trial_complete(
+            self,
+            trial_id: str,
+            result: dict[str, Any] | None = None,  # noqa: ARG002
+            error: bool = False,  # noqa: FBT001, FBT002
+        ) -> None:
+            driver.ended(trial_id, "the trial's process died" if error else None)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: the run directory is the state."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing: the run directory is the state."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Searcher, ())
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> PolicySearcher:
+            return self  # Tune works on a copy of what it is given
+
+    class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]
+        """Asks the policy after each epoch whether a trial goes on."""
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
+            driver.collect()
+            if "record_json" not in result:
+                return str(TrialScheduler.CONTINUE)
+            record = EpochRecord.from_dict(json.loads(result["record_json"]))
+            go_on = policy.on_epoch(driver.started[trial.trial_id].trial_id, record)
+            return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (FIFOScheduler, ())
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> PolicyScheduler:
+            return self  # Tune works on a copy of what it is given
+
+    resources = stage.config.resources
+    bundles = [_bundle(resources)] * stage.fidelity.ranks
+    scratch = Path(tempfile.mkdtemp(prefix="wattier-tune-"))
+    try:
+        tune.Tuner(
+            tune.with_resources(
+                _Trainable(run_trial, stage.config.to_yaml()).as_function(),
+                tune.PlacementGroupFactory(bundles, strategy="PACK"),
+            ),
+            tune_config=tune.TuneConfig(
+                num_samples=-1,
+                search_alg=PolicySearcher(),
+                scheduler=PolicyScheduler(),
+                reuse_actors=True,
+                max_concurrent_trials=_max_concurrent(stage),
+            ),
+            run_config=tune.RunConfig(
+                name=stage.fidelity.stage,
+                storage_path=str(scratch),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=resources.retries),
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    driver.collect(wait_seconds=RESULT_WAIT_SECONDS)
+
+
+class _Driver:
+    """Turns Tune's endings into our results, once the trial's own processes have written their last word."""
+
+    def __init__(self, stage: Stage, policy: Policy, on_result: OnResult) -> None:
+        self.stage, self.policy, self.on_result = stage, policy, on_result
+        self.started: dict[str, Proposal] = {}
+        self.unwinding: dict[str, str | None] = {}
+
+    def ended(self, tune_trial_id: str, error: str | None) -> None:
+        """Tune is done with a trial; a stopped one may still be unwinding."""
+        self.unwinding[tune_trial_id] = error
+        self.collect()
+
+    def collect(self, wait_seconds: float = 0.0) -> None:
+        """Record every ended trial whose result is there, or whose result will not come."""
+        deadline = time.monotonic() + wait_seconds
+        while self.unwinding:
+            for tune_id, error in list(self.unwinding.items()):
+                proposal = self.started[tune_id]
+                folder = self.stage.run.trial_folder(self.stage.fidelity.stage, proposal.trial_id)
+                overdue = wait_seconds > 0 and time.monotonic() >= deadline
+                if (folder / "result.json").exists() or error is not None or overdue:
+                    del self.unwinding[tune_id]
+                    if (folder / "error.txt").exists():
+                        error = (folder / "error.txt").read_text().strip().splitlines()[-1]
+                    result = self.stage.outcome(proposal, error)
+                    self.policy.on_result(result)
+                    self.on_result(result)
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.05)
+
+
+def _max_concurrent(stage: Stage) -> int | None:
+    return stage.config.search.max_concurrent
+
+
+@dataclass(frozen=True)
+class _Trainable:
+    """What Tune pickles and sends to its actors."""
+
+    run_trial: RunTrial
+    config_yaml: str
+
+    def as_function(self) -> Any:
+        """A plain function of Tune's config, as Tune wants it."""
+        me = self
+
+        def trial(config: dict[str, Any]) -> None:
+            me.rank_zero(config["spec"])
+
+        return trial
+
+    def rank_zero(self, spec: TrialSpec) -> None:
+        """The Tune function: rank 0 of the trial, with the other ranks in the placement group's other bundles."""
+        import ray
+        from ray import tune
+
+        config = _parse(self.config_yaml)
+        size = spec.fidelity.ranks
+        exclusive = _bundle(config.resources).get("GPU", 1.0) >= 1
+        address, port = ray.util.get_node_ip_address(), free_port()
+        ranks = _rank_actors(size, _bundle(config.resources)) if size > 1 else []
+        running = [
+            actor.run.remote(self.run_trial, spec, self.config_yaml, World(rank, size, address, port), exclusive)
+            for rank, actor in enumerate(ranks, start=1)
+        ]
+
+        def report(record: EpochRecord) -> bool:
+            # As text: Tune flattens nested results, and stumbles over a loss that is None or NaN.
+            tune.report({"record_json": json.dumps(record.to_dict()), "epoch": record.epoch})
+            return True  # a stop arrives as SystemExit inside tune.report
+
+        stage = _bare_stage(spec, config)
+        try:
+            self.run_trial(TrialContext(spec, config, World(0, size, address, port), exclusive, report))
+            ray.get(running)
+        except Exception:
+            write_traceback(stage, spec)
+            _drop_rank_actors()
+            raise
+
+
+def _parse(text: str) -> Any:
+    import yaml
+
+    from wattier.config import RunConfig
+
+    return RunConfig.model_validate(yaml.safe_load(text))
+
+
+def _bare_stage(spec: TrialSpec, config: Any) -> Stage:
+    from wattier.rundir import RunDir
+
+    return Stage(RunDir(Path(spec.run_dir)), config, spec.fidelity, n_trials=0)
+
+
+_RANKS: dict[str, list[Any]] = {}  # placement group -> its rank actors, kept while Tune reuses this process
+
+
+def _rank_actors(size: int, bundle: dict[str, float]) -> list[Any]:
+    """Actors for ranks 1 ... size-1 of this placement group, new or left from the trial before."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = ray.util.get_current_placement_group()
+    key = group.id.hex()
+    if key not in _RANKS:
+        _drop_rank_actors()
+        _RANKS[key] = [
+            ray.remote(_Rank)
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            )
+            .remote()
+            for index in range(1, size)
+        ]
+    return _RANKS[key]
+
+
+def _drop_rank_actors() -> None:
+    """After a failure the other ranks may hang in a collective: end them, the next trial makes new ones."""
+    import ray
+
+    for actors in _RANKS.values():
+        for actor in actors:
+            ray.kill(actor)
+    _RANKS.clear()
+
+
+class _Rank:
+    """A process that plays one rank after another."""
+
+    def run(self, run_trial: RunTrial, spec: TrialSpec, config_yaml: str, world: World, exclusive: bool) -> None:  # noqa: FBT001
+        run_trial(TrialContext(spec, _parse(config_yaml), world, exclusive, never_stop))

@@ -1,0 +1,173 @@
+"""The funnel from data to release: each step reads the run directory, does what is left, and writes it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from wattier.config import RunConfig
+from wattier.errors import UserError
+from wattier.evaluate import evaluate_run
+from wattier.fulltrain import train_members, trained_members
+from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources
+from wattier.records import Fidelity, Selection, TrialResult
+from wattier.release import export_release
+from wattier.report import write_report
+from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
+from wattier.search import run_search
+from wattier.select import select_trials
+from wattier.trial import metered, run_trial
+from wattier_gnn.ingest import ingest
+from wattier_gnn.sample import sample_path
+from wattier_gnn.store import Store
+
+
+class Listener(Protocol):
+    """Who hears of progress: a terminal, a log, a test."""
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+
+    def say(self, text: str) -> None:
+        """One line of progress."""
+
+    def trial(self, result: TrialResult, done: int, total: int) -> None:
+        """A trial ended."""
+
+
+def prepare_data(run: RunDir, config: RunConfig, listener: Listener) -> Store:
+    """Read, clean, split and align the sources, unless that is done."""
+    if (run.store_path / "meta.json").exists():
+        return Store(run.store_path)
+    listener.phase("data")
+    data = config.data
+    paths = {
+        name: sample_path(name) if path == "sample" else Path(path).expanduser() for name, path in data.sources.items()
+    }
+    with metered(run.phase_folder("data"), "driver", config):
+        return ingest(
+            paths,
+            run.store_path,
+            cutoff_angstrom=data.cutoff_angstrom,
+            max_force_ev_per_angstrom=data.max_force_ev_per_angstrom,
+            on_bad=data.on_bad,
+            split=data.split.model_dump(),
+            seed=config.seed,
+            say=listener.say,
+        )
+
+
+def search(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener) -> None:
+    """Run the stages of the funnel."""
+    totals = {stage.name: stage.trials for stage in config.search.stages}
+    if all(len(run.trials(name)) >= total for name, total in totals.items()):
+        return
+    _check_stages(run, config)
+    prepare_data(run, config, listener)
+    listener.phase("search")
+    run_search(run, config, launcher, run_trial, _teller(run, totals, listener))
+
+
+def select(run: RunDir, config: RunConfig, listener: Listener) -> Selection:
+    """Sort the finished trials of the last stage into tiers; a selection that still holds is left as it is."""
+    stage = config.search.stages[-1]
+    missing = stage.trials - len(run.trials(stage.name))
+    if missing > 0:
+        raise UserError(f"{run.path}: {missing} trials of stage {stage.name!r} are not done. Run `wattier search` first.")
+    selection = select_trials(
+        run.trials(), config.select, stage=stage.name, project=lambda result: projected_joules(run, config, result)
+    )
+    if run.selection() != selection:
+        listener.phase("selection")
+        write_json(run.selection_path, selection.to_dict())
+        listener.say(f"picked {', '.join(selection.picked)}")
+    return selection
+
+
+def train(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener) -> list[TrialResult]:
+    """Train the picked trials to convergence."""
+    selection = run.selection()
+    totals = {FULL_STAGE: len(selection.picked) if selection else 0}
+    done = {result.trial_id for result in run.trials(FULL_STAGE)}
+    if selection and not set(selection.picked) <= done:
+        listener.phase("full training")
+    return train_members(run, config, launcher, run_trial, _teller(run, totals, listener))
+
+
+def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
+    """Evaluate the ensemble, unless these very members are evaluated already."""
+    members = trained_members(run)
+    names = [member.trial_id for member in members]
+    if run.evaluation_path.exists():
+        evaluation = read_json(run.evaluation_path)
+        if [member["trial_id"] for member in evaluation["members"]] == names:
+            return
+    listener.phase("evaluation")
+    with metered(run.phase_folder("evaluation"), "driver", config):
+        evaluate_run(run, config, members, listener.say)
+
+
+def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener) -> bool:
+    """Everything, from data to release; False when there was nothing left to do."""
+    before = _fingerprint(run)
+    search(run, config, launcher, listener)
+    select(run, config, listener)
+    train(run, config, launcher, listener)
+    evaluate(run, config, listener)
+    if _fingerprint(run) == before and run.report_path.exists() and run.release_path.exists():
+        return False
+    listener.phase("release")
+    export_release(run, config)
+    write_report(run)
+    return True
+
+
+@contextmanager
+def launcher_for(config: RunConfig) -> Iterator[Launcher]:
+    """The launcher that the config names; Ray is imported only where it is used."""
+    if config.launcher == "inline":
+        yield InlineLauncher()
+        return
+    from wattier.ray_backend import RayLauncher
+
+    launcher = RayLauncher()
+    try:
+        yield launcher
+    finally:
+        launcher.close()
+
+
+def projected_joules(run: RunDir, config: RunConfig, result: TrialResult) -> float | None:
+    """Joules of training a trial on all structures for all epochs, at its own joules a structure: an upper bound,
+    since training stops early."""
+    if result.energy_joules is None or not result.structures_seen:
+        return None
+    n_train = int((Store(run.store_path).split == 0).sum())
+    return result.energy_joules / result.structures_seen * n_train * config.full_training.epochs
+
+
+def _check_stages(run: RunDir, config: RunConfig) -> None:
+    """Refuse what could never start, before any work is done."""
+    if config.resources.address is None:
+        fidelities = [Fidelity(s.name, s.structures, s.epochs, s.ranks) for s in config.search.stages]
+        full = config.full_training
+        for fidelity in [*fidelities, Fidelity(FULL_STAGE, None, full.epochs, full.ranks)]:
+            check_local_resources(Stage(run, config, fidelity, n_trials=0))
+
+
+def _teller(run: RunDir, totals: dict[str, int], listener: Listener) -> Callable[[TrialResult], None]:
+    """Tells the listener of a result, and how many of its stage there are now."""
+
+    def tell(result: TrialResult) -> None:
+        stage = result.fidelity.stage
+        listener.trial(result, len(run.trials(stage)), totals.get(stage, 0))
+
+    return tell
+
+
+def _fingerprint(run: RunDir) -> list[tuple[str, int]]:
+    """What the report and the release are made from."""
+    paths = (run.trials_path, run.selection_path, run.evaluation_path)
+    return [(path.name, path.stat().st_mtime_ns) for path in paths if path.exists()]

@@ -1,0 +1,132 @@
+"""Fronts and hypervolume: closed forms, properties, and Optuna's own code as a second opinion."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna._hypervolume import compute_hypervolume
+
+from wattier.pareto import hypervolume, hypervolume_contributions, non_dominated_ranks
+
+CORNER = (11.0, 11.0)
+# Few distinct values, so that ties and duplicates are common.
+coarse = st.integers(0, 12).map(float)
+fine = st.floats(0, 12, allow_subnormal=False)
+point_lists = st.lists(st.tuples(coarse, coarse) | st.tuples(fine, fine), min_size=1, max_size=25)
+
+
+def brute_ranks(points):
+    left, ranks, rank = dict(enumerate(points)), {}, 0
+    while left:
+        front = [
+            i for i, (a, b) in left.items() if not any(c <= a and d <= b and (c < a or d < b) for c, d in left.values())
+        ]
+        for i in front:
+            ranks[i] = rank
+            del left[i]
+        rank += 1
+    return [ranks[i] for i in range(len(points))]
+
+
+def test_ranks_of_a_staircase():
+    points = [(1, 4), (2, 2), (4, 1), (2, 4), (5, 5), (4, 2)]
+    assert non_dominated_ranks(points).tolist() == [0, 0, 0, 1, 2, 1]
+
+
+def test_equal_points_share_a_rank_and_equal_coordinates_do_not():
+    assert non_dominated_ranks([(1, 1), (1, 1), (1, 2), (2, 1)]).tolist() == [0, 0, 1, 1]
+
+
+def test_no_points():
+    assert non_dominated_ranks([]).shape == (0,)
+    assert hypervolume([], CORNER) == 0
+    assert hypervolume_contributions([], CORNER).shape == (0,)
+
+
+def test_hypervolume_in_closed_form():
+    assert hypervolume([(1, 1)], (3, 4)) == 6
+    assert hypervolume([(1, 2), (2, 1)], (3, 3)) == 3
+    assert hypervolume([(1, 2), (2, 1), (2, 2), (3, 0), (9, 9)], (3, 3)) == 3
+
+
+def test_contributions_in_closed_form():
+    points = [(1, 3), (2, 2), (3, 1), (3, 3)]
+    # The outer points keep a strip of 1 x 1, the middle one its square, the dominated one nothing.
+    assert hypervolume_contributions(points, (4, 4)).tolist() == [1, 1, 1, 0]
+    assert hypervolume_contributions([(1, 1), (1, 1)], (2, 2)).tolist() == [0, 0]
+    # Without (1, 1) the point that it dominates would still cover 1 of its 4.
+    assert hypervolume_contributions([(1, 1), (2, 2)], (3, 3)).tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_refuses_what_is_not_finite(bad):
+    for function in (
+        lambda p: hypervolume(p, CORNER),
+        lambda p: hypervolume_contributions(p, CORNER),
+        non_dominated_ranks,
+    ):
+        with pytest.raises(ValueError, match=r"point 1 is .* must be finite"):
+            function([(0, 0), (1, bad)])
+    with pytest.raises(ValueError, match="must be finite"):
+        hypervolume([(0, 0)], (1, bad))
+
+
+def test_refuses_three_objectives():
+    with pytest.raises(ValueError, match=r"shape \[1, 3\], but must be \[n, 2\]"):
+        non_dominated_ranks([(1, 2, 3)])
+
+
+@given(point_lists)
+@settings(max_examples=150, deadline=None)
+def test_ranks_agree_with_the_definition(points):
+    assert non_dominated_ranks(points).tolist() == brute_ranks(points)
+
+
+@given(point_lists)
+@settings(max_examples=100, deadline=None)
+def test_hypervolume_agrees_with_optuna(points):
+    inside = np.array([p for p in points if p[0] < 11 and p[1] < 11]).reshape(-1, 2)
+    expected = compute_hypervolume(inside, np.array(CORNER)) if len(inside) else 0.0
+    assert hypervolume(points, CORNER) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@given(point_lists, st.tuples(coarse, coarse), st.randoms())
+@settings(max_examples=100, deadline=None)
+def test_hypervolume_never_falls_and_knows_no_order(points, another, random):
+    before = hypervolume(points, CORNER)
+    assert hypervolume([*points, another], CORNER) >= before - 1e-12
+    random.shuffle(points)
+    assert hypervolume(points, CORNER) == pytest.approx(before, rel=1e-12)
+
+
+@given(point_lists)
+@settings(max_examples=100, deadline=None)
+def test_contributions_are_what_removal_costs(points):
+    values = np.array(points)
+    contributions = hypervolume_contributions(values, CORNER)
+    total = hypervolume(values, CORNER)
+    assert (contributions >= 0).all()
+    assert contributions.sum() <= total * (1 + 1e-9) + 1e-9
+    assert (contributions[non_dominated_ranks(values) > 0] == 0).all()
+    for i, contribution in enumerate(contributions):
+        rest = hypervolume(np.delete(values, i, axis=0), CORNER)
+        assert contribution == pytest.approx(total - rest, abs=1e-9)
+
+
+@given(point_lists)
+@settings(max_examples=50, deadline=None)
+def test_ranks_ignore_units(points):
+    values = np.array(points)
+    assert (non_dominated_ranks(values * [1024.0, 0.25]) == non_dominated_ranks(values)).all()
+
+
+def test_a_dominated_point_among_many_contributes_exactly_nothing():
+    values = np.random.default_rng(1).random((300, 2))
+    contributions = hypervolume_contributions(values, (1.1, 1.1))
+    assert (contributions[non_dominated_ranks(values) > 0] == 0).all()
+
+
+def test_a_thousand_points_are_quick():
+    values = np.random.default_rng(0).random((1000, 2))
+    assert non_dominated_ranks(values).max() > 5
+    assert hypervolume_contributions(values, (1.1, 1.1)).sum() > 0
