@@ -81,7 +81,7 @@ class Ensemble:
         unknown = np.flatnonzero(counts.any(axis=0) & (self.references_ev[index] == 0))
         if len(unknown):
             raise DataError(
-                f"atomic number {int(unknown[0])} does not occur in the {source} training data, but every element must. "
+                f"atomic number {int(unknown[0])} does not occur in the {source} training data, but all must. "
                 f"Use another source than {source!r} or another release."
             )
         return self.predict_batch(_batch_of(arrays, n_atoms), counts @ self.references_ev[index])

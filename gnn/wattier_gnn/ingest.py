@@ -16,7 +16,7 @@ from wattier_gnn.store import Store, write_store
 from wattier_gnn.structure import DataError, Structure
 
 
-def ingest(
+def ingest(  # noqa: PLR0913  (the whole recipe of a store)
     paths: Mapping[str, Path],
     folder: Path,
     *,

@@ -1,8 +1,8 @@
 """How well an ensemble's spread tells its error: one scale factor fitted on validation data, checked on test data.
 
-The scale is a split-conformal one (Vovk et al. 2005; Angelopoulos and Bates 2021, section 2.3): the quantile of error over
-spread that covers one standard deviation's share. The calibration curve and the miscalibration area follow Kuleshov,
-Fenner, Ermon (ICML 2018).
+The scale is a split-conformal one (Vovk et al. 2005; Angelopoulos and Bates 2021, section 2.3): the quantile of error
+over spread that covers one standard deviation's share. The calibration curve and the miscalibration area follow
+Kuleshov, Fenner, Ermon (ICML 2018).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import spearmanr
 
 N_LEVELS = 21
 SMALLEST_STD = 1e-9
@@ -50,5 +51,4 @@ def rank_correlation(first: Any, second: Any) -> float | None:
     """Spearman's rank correlation of two series [n]; None where one of them is constant."""
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
-    ranks = [np.argsort(np.argsort(series)) for series in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(spearmanr(first, second).statistic)

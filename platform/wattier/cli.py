@@ -154,13 +154,18 @@ def config_params(config: ConfigPath) -> None:
     from wattier.config import load_sizes
 
     sizes = load_sizes(config).sizes
-    from wattier_gnn.published import PublishedSizes, count_from_module
+    import torch
+
+    from wattier_gnn.model import count_parameters
+    from wattier_gnn.published import PublishedEGNN, PublishedSizes
 
     for name, size in sizes.items():
         published = PublishedSizes(
             size.hidden_dim, size.n_layers, tuple(size.shared), tuple(size.energy_head), tuple(size.force_head)
         )
-        typer.echo(f"{name} {count_from_module(published)}")
+        with torch.device("meta"):  # shapes without memory
+            module = PublishedEGNN(published)
+        typer.echo(f"{name} {count_parameters(module)}")
 
 
 def _step(target: Path, step: Callable[[Any], Callable[..., Any]]) -> None:

@@ -40,7 +40,7 @@ class SplitSection(Section):
 
 
 class DataSection(Section):
-    """What to read and how to clean it. A source's value is a path, or `sample` for the corpus that ships with Wattier."""
+    """What to read and how to clean it. A source is a path, or `sample` for the corpus that ships with Wattier."""
 
     sources: dict[SourceName, str] = Field(min_length=1)
     cutoff_angstrom: PositiveFloat = 5.0
@@ -258,7 +258,7 @@ def _read_yaml(path: Path) -> Any:
             raise UserError(f"{path}: is a folder, but must be a YAML file. Give the path of the config.")
         if size > MAX_CONFIG_BYTES:
             raise UserError(f"{path}: is {size} bytes, but a config must be under {MAX_CONFIG_BYTES}. Is it a config?")
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from error
     except UnicodeDecodeError as error:

@@ -123,9 +123,7 @@ def print_tiers(run: RunDir, console: Console) -> None:
     for row in info.rows:
         loss, joules = (row.search.val_loss, row.search.energy_joules) if row.search else (None, None)
         trained = row.full.val_loss if row.full else None
-        table.add_row(
-            row.tier, row.trial_id, _loss(loss), format_joules(joules), _loss(trained), row.reason
-        )
+        table.add_row(row.tier, row.trial_id, _loss(loss), format_joules(joules), _loss(trained), row.reason)
     console.print(table)
 
 

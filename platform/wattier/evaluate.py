@@ -1,4 +1,4 @@
-"""What the ensemble is worth on held-out groups: errors by source, against the composition baseline, and calibration."""
+"""What the ensemble is worth on held-out groups: errors by source against the baseline, and calibration."""
 
 from __future__ import annotations
 

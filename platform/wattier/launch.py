@@ -99,7 +99,9 @@ class InlineLauncher:
         size, port = spec.fidelity.ranks, free_port()
         spawn = multiprocessing.get_context("spawn")
         others = [
-            spawn.Process(target=_run_rank, args=(run_trial, spec, stage.config, World(rank, size, port=port)), daemon=True)
+            spawn.Process(
+                target=_run_rank, args=(run_trial, spec, stage.config, World(rank, size, port=port)), daemon=True
+            )
             for rank in range(1, size)
         ]
         for process in others:

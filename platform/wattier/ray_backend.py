@@ -1,8 +1,8 @@
 """Trials as Ray Tune functions: the only file that imports Ray.
 
-A trial is one Tune function in a placement group with a bundle for each rank; the function is rank 0, the other ranks are
-actors in the other bundles, kept from one trial to the next. Searching is left to the policy: Tune asks it through a thin
-searcher and a thin scheduler. Tune's own experiment state is never restored.
+A trial is one Tune function in a placement group with a bundle for each rank; the function is rank 0, the other ranks
+are actors in the other bundles, kept from one trial to the next. Searching is left to the policy: Tune asks it through
+a thin searcher and a thin scheduler. Tune's own experiment state is never restored.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # a stopped trial unwinds before its actor is reused
 os.environ.setdefault("TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S", "120")
 
-from wattier.config import ResourcesSection  # noqa: E402
-from wattier.errors import UserError  # noqa: E402
-from wattier.launch import (  # noqa: E402
+from wattier.config import ResourcesSection
+from wattier.errors import UserError
+from wattier.launch import (
     OnResult,
     Policy,
     Stage,
@@ -42,9 +42,9 @@ from wattier.launch import (  # noqa: E402
     never_stop,
     write_traceback,
 )
-from wattier.records import EpochRecord, Proposal  # noqa: E402
-from wattier.trial import RunTrial, TrialContext, TrialSpec  # noqa: E402
-from wattier_gnn.distributed import World  # noqa: E402
+from wattier.records import EpochRecord, Proposal
+from wattier.trial import RunTrial, TrialContext, TrialSpec
+from wattier_gnn.distributed import World
 
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # trials read the store from disk and pass only small records
@@ -122,8 +122,8 @@ def _check_cluster_resources(stage: Stage) -> None:
         wanted = each * stage.fidelity.ranks
         if wanted > have.get(name, 0):
             raise UserError(
-                f"stage {stage.fidelity.stage!r}: asks for {stage.fidelity.ranks} ranks of {each:g} {name} each, but the "
-                f"Ray cluster has {have.get(name, 0):g} {name}. Lower ranks or resources, or add nodes."
+                f"stage {stage.fidelity.stage!r}: asks for {stage.fidelity.ranks} ranks of {each:g} {name} each, "
+                f"but the Ray cluster has {have.get(name, 0):g} {name}. Lower ranks or resources, or add nodes."
             )
 
 
@@ -145,7 +145,7 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
 
     driver = _Driver(stage, policy, on_result)
 
-    class PolicySearcher(Searcher):  # type: ignore[misc]
+    class PolicySearcher(Searcher):
         """Asks the policy; whatever Tune pickles of it is empty."""
 
         def suggest(self, trial_id: str) -> dict[str, Any] | Any:
@@ -160,7 +160,7 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
             self,
             trial_id: str,
             result: dict[str, Any] | None = None,  # noqa: ARG002
-            error: bool = False,  # noqa: FBT001, FBT002
+            error: bool = False,
         ) -> None:
             driver.ended(trial_id, "the trial's process died" if error else None)
 
@@ -176,7 +176,7 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
         def __deepcopy__(self, memo: dict[int, Any]) -> PolicySearcher:
             return self  # Tune works on a copy of what it is given
 
-    class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]
+    class PolicyScheduler(FIFOScheduler):
         """Asks the policy after each epoch whether a trial goes on."""
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
@@ -205,9 +205,9 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
             tune_config=tune.TuneConfig(
                 num_samples=-1,
                 search_alg=PolicySearcher(),
-                scheduler=PolicyScheduler(),
+                scheduler=PolicyScheduler(),  # type: ignore[no-untyped-call]
                 reuse_actors=True,
-                max_concurrent_trials=_max_concurrent(stage),
+                max_concurrent_trials=stage.config.search.max_concurrent,
             ),
             run_config=tune.RunConfig(
                 name=stage.fidelity.stage,
@@ -244,9 +244,7 @@ class _Driver:
                 overdue = wait_seconds > 0 and time.monotonic() >= deadline
                 if (folder / "result.json").exists() or error is not None or overdue:
                     del self.unwinding[tune_id]
-                    if (folder / "error.txt").exists():
-                        error = (folder / "error.txt").read_text().strip().splitlines()[-1]
-                    result = self.stage.outcome(proposal, error)
+                    result = self.stage.outcome(proposal, _last_line(folder / "error.txt") or error)
                     self.policy.on_result(result)
                     self.on_result(result)
             if time.monotonic() >= deadline:
@@ -254,8 +252,8 @@ class _Driver:
             time.sleep(0.05)
 
 
-def _max_concurrent(stage: Stage) -> int | None:
-    return stage.config.search.max_concurrent
+def _last_line(path: Path) -> str | None:
+    return path.read_text().strip().splitlines()[-1] if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -327,6 +325,8 @@ def _rank_actors(size: int, bundle: dict[str, float]) -> list[Any]:
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     group = ray.util.get_current_placement_group()
+    if group is None:
+        raise RuntimeError("a trial of several ranks runs outside of a placement group")
     key = group.id.hex()
     if key not in _RANKS:
         _drop_rank_actors()
@@ -356,5 +356,5 @@ def _drop_rank_actors() -> None:
 class _Rank:
     """A process that plays one rank after another."""
 
-    def run(self, run_trial: RunTrial, spec: TrialSpec, config_yaml: str, world: World, exclusive: bool) -> None:  # noqa: FBT001
+    def run(self, run_trial: RunTrial, spec: TrialSpec, config_yaml: str, world: World, exclusive: bool) -> None:
         run_trial(TrialContext(spec, _parse(config_yaml), world, exclusive, never_stop))

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from wattier.config import RunConfig
 from wattier.errors import UserError
+from wattier.ledger import ledger_info
 from wattier.records import TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, read_json
 from wattier.trial import load_member
 from wattier.units import format_joules
-from wattier.ledger import ledger_info
 from wattier_gnn.ensemble import MANIFEST, SCHEMA_VERSION, Ensemble, sha256_of
 from wattier_gnn.store import Store
 
@@ -60,7 +60,7 @@ def _write_member(folder: Path, run: RunDir, member: TrialResult) -> None:
 def _write_texts(folder: Path, run: RunDir, config: RunConfig, evaluation: dict[str, Any]) -> None:
     """The model card in the Hugging Face format, and the example script."""
     # Markdown and Python, not HTML: escaping would spoil them.
-    templates = Environment(loader=PackageLoader("wattier"), undefined=StrictUndefined, autoescape=False)  # noqa: S701
+    templates = Environment(loader=PackageLoader("wattier"), undefined=StrictUndefined, autoescape=False)
     values = {
         "config": config,
         "evaluation": evaluation,

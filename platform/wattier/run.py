@@ -43,7 +43,7 @@ def prepare_data(run: RunDir, config: RunConfig, listener: Listener) -> Store:
         return Store(run.store_path)
     listener.phase("data")
     data = config.data
-    paths = {
+    paths: dict[str, Path] = {
         name: sample_path(name) if path == "sample" else Path(path).expanduser() for name, path in data.sources.items()
     }
     with metered(run.phase_folder("data"), "driver", config):
@@ -75,7 +75,9 @@ def select(run: RunDir, config: RunConfig, listener: Listener) -> Selection:
     stage = config.search.stages[-1]
     missing = stage.trials - len(run.trials(stage.name))
     if missing > 0:
-        raise UserError(f"{run.path}: {missing} trials of stage {stage.name!r} are not done. Run `wattier search` first.")
+        raise UserError(
+            f"{run.path}: {missing} trials of stage {stage.name!r} are not done. Run `wattier search` first."
+        )
     selection = select_trials(
         run.trials(), config.select, stage=stage.name, project=lambda result: projected_joules(run, config, result)
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
@@ -17,7 +18,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.trial import TrialState
 
 from wattier.config import ChoiceParameter, RangeParameter, RunConfig, SearchSection, StageSection
-from wattier.launch import Launcher, Stage
+from wattier.launch import Launcher, Policy, Stage
 from wattier.pareto import hypervolume_contributions, non_dominated_ranks
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, TrialResult
 from wattier.rundir import RunDir, append_json_line, read_json
@@ -173,11 +174,10 @@ def promoted_trials(results: Sequence[TrialResult], count: int) -> list[TrialRes
     complete = [r for r in results if r.status == "complete" and r.val_loss is not None and r.energy_joules is not None]
     if not complete or count == 0:
         return []
-    points = [[r.val_loss, r.energy_joules] for r in complete]
+    points = np.array([[r.val_loss, r.energy_joules] for r in complete], dtype=np.float64)
     ranks = non_dominated_ranks(points)
-    reference = [1.1 * max(p[k] for p in points) + 1e-12 for k in (0, 1)]
-    gains = hypervolume_contributions(points, reference)
-    order = sorted(range(len(complete)), key=lambda i: (ranks[i], -gains[i], points[i][0], complete[i].trial_id))
+    gains = hypervolume_contributions(points, 1.1 * points.max(axis=0))
+    order = sorted(range(len(complete)), key=lambda i: (ranks[i], -gains[i], points[i, 0], complete[i].trial_id))
     return [complete[i] for i in order[:count]]
 
 
@@ -194,13 +194,14 @@ def run_search(
             Fidelity(section.name, section.structures, section.epochs, section.ranks),
             section.trials,
         )
-        run_stage(stage, lambda p=promoted, s=section: SearchPolicy(config, s, run=run, promoted=p), launcher, run_trial, on_result)  # type: ignore[misc]
+        make_policy = partial(SearchPolicy, config, section, run=run, promoted=promoted)
+        run_stage(stage, make_policy, launcher, run_trial, on_result)
         earlier = run.trials(section.name)
 
 
 def run_stage(
     stage: Stage,
-    make_policy: Callable[[], Any],
+    make_policy: Callable[[], Policy],
     launcher: Launcher,
     run_trial: RunTrial,
     on_result: Callable[[TrialResult], None],

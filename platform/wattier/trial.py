@@ -1,7 +1,7 @@
 """One trial: the one place where gnn and telemetry meet.
 
-``run_trial(context)`` is what a user replaces to tune a model of their own: it reads the context, reports epochs, leaves
-its files in the trial's folder, and returns a TrialResult on rank 0.
+``run_trial(context)`` is what a user replaces to tune a model of their own: it reads the context, reports epochs,
+leaves its files in the trial's folder, and returns a TrialResult on rank 0.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from wattier_gnn.model import FoundationModel, ModelConfig, build_model, count_p
 from wattier_gnn.sampling import choose_subset
 from wattier_gnn.splits import TRAIN, VAL
 from wattier_gnn.store import Store
+from wattier_gnn.structure import DataError
 from wattier_gnn.train import EpochReport, TrainConfig, Trainer, TrainState
 from wattier_telemetry import EnergyMeter, TrialRegistration, bill, open_source
 from wattier_telemetry.source import PowerSource
@@ -163,8 +164,14 @@ def load_member(path: Path) -> FoundationModel:
         DataError: the file is damaged.
     """
     saved = checkpoint.load(path)
-    model = FoundationModel(ModelConfig.from_dict(saved["config"]))
-    model.load_state_dict(saved["model"])
+    try:
+        model = FoundationModel(ModelConfig.from_dict(saved["config"]))
+        model.load_state_dict(saved["model"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{path}: holds another network than this version builds ({reason}). Remove the trial's folder."
+        ) from error
     return model.eval()
 
 
@@ -275,9 +282,7 @@ def _device(rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def _result(
-    context: TrialContext, trainer: Trainer, state: TrainState, started_at: str, seconds: float
-) -> TrialResult:
+def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_at: str, seconds: float) -> TrialResult:
     """The record of a training that ended by itself or was stopped."""
     spec = context.spec
     status: Status = "pruned" if state.ended in ("stopped", "diverged") else "complete"

@@ -1,10 +1,9 @@
-# ruff: noqa: ARG001  (the signatures are the vendor's)
 """A simulated `amdsmi` module: MI250X, two packages of two dies, 400 W and 420 W, zeros on the odd dies."""
 
 import time
 from types import SimpleNamespace
 
-print("noise that the real binding prints at import")  # noqa: T201
+print("noise that the real binding prints at import")
 
 WATTS = {0: 400.0, 2: 420.0}
 HANDLES = [SimpleNamespace(die=die) for die in range(4)]
@@ -13,7 +12,7 @@ AmdSmiTemperatureMetric = SimpleNamespace(CURRENT=0)
 AmdSmiClkType = SimpleNamespace(GFX=0, MEM=4)
 
 
-class AmdSmiLibraryException(Exception):  # noqa: N818
+class AmdSmiLibraryException(Exception):
     """What the real one raises when a call is not supported."""
 
 

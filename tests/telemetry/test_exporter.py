@@ -1,4 +1,4 @@
-# ruff: noqa: ARG001, ARG002  (fixtures that set a scene are only named)
+# ruff: noqa: ARG002  (fixtures that set a scene are only named)
 """The exporter scraped over HTTP and parsed as Prometheus does; registrations; the command line."""
 
 import math

@@ -49,7 +49,7 @@ L12 = [(0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)]
 
 
 def alloy_slabs(n_systems: int) -> Iterator[tuple[str, str, Atoms]]:
-    """(key, system, frame): three-layer fcc slabs of one or two metals under one adsorbate; the lowest layer is fixed."""
+    """(key, system, frame): three-layer fcc slabs of one or two metals under an adsorbate, lowest layer fixed."""
     for system in range(n_systems):
         rng = np.random.default_rng([20, system])
         first, second = rng.choice(FCC_METALS, size=2)
@@ -72,7 +72,7 @@ def alloy_slabs(n_systems: int) -> Iterator[tuple[str, str, Atoms]]:
 
 
 def oxide_slabs(n_systems: int) -> Iterator[tuple[str, str, Atoms]]:
-    """(key, system, frame): rocksalt, rutile and fluorite slabs with nothing, O, OH or water on them; all atoms free."""
+    """(key, system, frame): rocksalt, rutile, fluorite slabs with nothing, O, OH or water on them; all atoms free."""
     for system in range(n_systems):
         rng = np.random.default_rng([22, system])
         family = rng.choice(["rocksalt", "rutile", "fluorite"], p=[0.5, 0.4, 0.1])
@@ -185,13 +185,15 @@ def _radius(symbol: str) -> float:
 
 def _length(structure: str, first: str, second: str = "") -> float:
     contact = _radius(first) + _radius(second or first)
-    return contact * {
-        "fcc": np.sqrt(2),
-        "bcc": 2 / np.sqrt(3),
-        "rocksalt": 2.0,
-        "zincblende": 4 / np.sqrt(3),
-        "cesiumchloride": 2 / np.sqrt(3),
-    }.get(structure, 2.0)
+    return contact * float(
+        {
+            "fcc": np.sqrt(2),
+            "bcc": 2 / np.sqrt(3),
+            "rocksalt": 2.0,
+            "zincblende": 4 / np.sqrt(3),
+            "cesiumchloride": 2 / np.sqrt(3),
+        }.get(structure, 2.0)
+    )
 
 
 def _at_equilibrium_volume(atoms: Atoms, calculator: Any) -> Atoms:
