@@ -86,9 +86,9 @@ def run_trial(context: TrialContext) -> TrialResult | None:
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     rank = context.world.rank
     with ExitStack() as stack:
+        meter, source = stack.enter_context(metered(context.folder, f"rank{rank}", context.config))
         if rank == 0:
             stack.enter_context(_own_folder(context.folder))
-        meter, source = stack.enter_context(metered(context.folder, f"rank{rank}", context.config))
         device = _device(rank)
         stack.enter_context(process_group(context.world, device, exclusive_device=context.exclusive_device))
         registration = stack.enter_context(_registered(context, source))
