@@ -18,10 +18,8 @@ from grafana_foundation_sdk.builders import dashboard as grafana
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import (
     BarGaugeDisplayMode,
-    BigValueGraphMode,
     LegendDisplayMode,
     ScaleDistribution,
-    SortOrder,
     StackingMode,
     TooltipDisplayMode,
     VizOrientation,
@@ -32,11 +30,11 @@ from grafana_foundation_sdk.models.dashboard import (
     DataTransformerConfig,
     DynamicConfigValue,
     FieldColorModeId,
+    Threshold,
     ThresholdsMode,
     VariableOption,
     VariableRefresh,
 )
-from grafana_foundation_sdk.models.dashboard import Threshold as Step
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 FOLDER = Path(__file__).parent / "json"
@@ -62,7 +60,7 @@ def dressed(panel: PanelT, title: str, description: str, unit: str) -> PanelT:
     """What every panel has."""
     panel.title(title).description(description).unit(unit).datasource(SOURCE)
     # Without it the stored JSON has no threshold, and Grafana paints everything above 80 red.
-    panel.thresholds(grafana.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps([Step(color="green")]))
+    panel.thresholds(grafana.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps([Threshold(color="green")]))
     return panel
 
 
@@ -80,15 +78,13 @@ def curves(
     panel = dressed(timeseries.Panel(), title, description, unit).span(12).height(9)
     panel.line_width(1.5).fill_opacity(40 if stacked else 0)
     panel.color_scheme(grafana.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
-    if log:
-        panel.scale_distribution(common.ScaleDistributionConfig().type(ScaleDistribution.LOG).log(10))
-    else:
-        panel.min(0)
+    scale = common.ScaleDistributionConfig().type(ScaleDistribution.LOG).log(10)
+    panel = panel.scale_distribution(scale) if log else panel.min(0)
     if stacked:
         panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL).group("A"))
     legend = common.VizLegendOptions().display_mode(LegendDisplayMode.TABLE)
     panel.legend(legend.show_legend(True).calcs(["lastNotNull", "max"]))
-    panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING))
+    panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
     for index, query in enumerate(queries):
         panel.with_target(target(query, index, instant=False))
     return panel
@@ -96,7 +92,7 @@ def curves(
 
 def figure(title: str, description: str, unit: str, query: Query) -> stat.Panel:
     """One large figure, as of the end of the time range."""
-    panel = dressed(stat.Panel(), title, description, unit).span(6).height(4).graph_mode(BigValueGraphMode.NONE)
+    panel = dressed(stat.Panel(), title, description, unit).span(6).height(4)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).fields("").values(False))
     return panel.no_value("none").with_target(target(query, 0, instant=True))
 

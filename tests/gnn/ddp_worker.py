@@ -6,6 +6,7 @@ children.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -105,6 +106,7 @@ def train_until_the_listener_fails(store: Store, folder: Path, world: World) -> 
 def main(rank: int, size: int, store_folder: Path, folder: Path, ports: list[int]) -> None:
     """Everything one rank has to do, each training in a process group of its own."""
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(60)  # a rank that hangs says where
     store = Store(store_folder)
     worlds = [World(rank=rank, size=size, port=port) for port in ports]
     result: dict[str, Any] = {

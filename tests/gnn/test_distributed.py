@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,14 @@ def runs(emt_store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             arguments = [str(rank), str(size), str(emt_store.folder), str(folders[size]), *ports]
             command = [sys.executable, "-W", "error", str(WORKER), *arguments]
             processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    deadline = time.monotonic() + SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.returncode for process in processes):
+            break  # the others would wait for it
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+    errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(errors)
     read = {
         size: [json.loads((folder / f"{r}.json").read_text()) for r in range(size)] for size, folder in folders.items()

@@ -1,0 +1,94 @@
+"""SIGKILL anywhere, the same command again: nothing is lost, nothing is done twice, every joule is billed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from observed import observed_seconds
+from workplace import Workplace, ray_processes
+
+from wattier.ledger import ledger_info
+from wattier.rundir import RunDir
+
+WATTS = 100.0
+EXPECTED = {("wide", "complete"): 4, ("deep", "complete"): 2, ("full", "complete"): 2}
+
+
+def kill_in_search(place: Workplace) -> bool:
+    """One trial is done, another has finished an epoch."""
+    open_trials = [p for p in place.run_dir.glob("trials/wide/*") if not (p / "result.json").exists()]
+    return len(place.rows()) >= 1 and any((p / "epochs.jsonl").exists() for p in open_trials)
+
+
+def kill_in_two_rank_stage(place: Workplace) -> bool:
+    return any(place.run_dir.glob("trials/deep/*/epochs.jsonl"))
+
+
+def kill_in_full_training(place: Workplace) -> bool:
+    return any(p.read_text().count("\n") >= 3 for p in place.run_dir.glob("trials/full/*/epochs.jsonl"))
+
+
+def kill_in_evaluation(place: Workplace) -> bool:
+    return any(place.run_dir.glob("phases/evaluation/*.energy.json"))
+
+
+def assert_undisturbed_outcome(place: Workplace) -> None:
+    rows = place.rows()
+    assert Counter((r["fidelity"]["stage"], r["status"]) for r in rows) == EXPECTED
+    assert len({(r["fidelity"]["stage"], r["trial_id"]) for r in rows}) == len(rows)
+    for name in ("selection.json", "evaluation.json", "report.html", "release/manifest.json"):
+        assert (place.run_dir / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "moment", [kill_in_search, kill_in_two_rank_stage, kill_in_full_training, kill_in_evaluation]
+)
+def test_killed_and_run_again(tiny: Workplace, moment) -> None:
+    tiny.kill_when(lambda: moment(tiny), "run", "config.yaml", witnessed=True)
+    finished = {(r["fidelity"]["stage"], r["trial_id"]): r for r in tiny.rows()}
+
+    again = tiny.wattier("run", "config.yaml", witnessed=True)
+
+    assert again.returncode == 0, again.stderr
+    assert_undisturbed_outcome(tiny)
+    for key, row in finished.items():
+        folder = tiny.run_dir / "trials" / Path(*key)
+        assert len(list(folder.glob("*rank0.energy.json"))) == row["attempts"] == 1, f"{key} was run again"
+    assert_ledger_is_true(tiny)
+    assert_no_ray_left()
+
+
+def test_undisturbed_run_resumes_to_nothing(tiny: Workplace) -> None:
+    first = tiny.wattier("run", "config.yaml", witnessed=True)
+    assert first.returncode == 0, first.stderr
+    assert_undisturbed_outcome(tiny)
+    assert_ledger_is_true(tiny)
+    before = tiny.snapshot()
+
+    second = tiny.wattier("run", str(tiny.run_dir))
+
+    assert second.returncode == 0, second.stderr
+    assert "Nothing was left to do" in second.stdout
+    assert tiny.snapshot() == before
+    assert_no_ray_left()
+
+
+def assert_ledger_is_true(place: Workplace) -> None:
+    """Joules of all trials are watts times the seconds that a witness saw, lost attempts included: 0 to 1 % over."""
+    ledger = ledger_info(RunDir.open(place.run_dir))
+    billed = sum(p.joules or 0.0 for p in ledger.phases if p.trials)
+    fraction = 1 / (os.cpu_count() or 1)  # of the node, which one rank of one CPU owns
+    true = WATTS * fraction * observed_seconds(place.witness_folder)
+    assert true > 0
+    assert true <= billed <= 1.01 * true, f"billed {billed:.2f} J, true {true:.2f} J"
+
+
+def assert_no_ray_left() -> None:
+    deadline = time.monotonic() + 15
+    while ray_processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not ray_processes()

@@ -1,0 +1,108 @@
+"""The configs that ship: each is valid, and says what it is for."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wattier.config import load_config, load_sizes
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SIZES = "talk_sizes.yaml"
+
+
+def test_none_is_missing():
+    assert {path.name for path in CONFIGS} >= {
+        "quickstart.yaml",
+        "single_gpu.yaml",
+        "multi_node.yaml",
+        "paper.yaml",
+        SIZES,
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_loads(path):
+    if path.name == SIZES:
+        assert set(load_sizes(path).sizes) == {"SMALL", "MEDIUM", "LARGE"}
+        return
+    config = load_config(path)
+    assert config.name == path.stem
+    assert Path(config.run_dir).name == path.stem
+    *_, last = config.search.stages
+    assert last.reduction_factor is None, "the stage that fills the tiers lets every trial finish"
+    assert last.trials >= config.select.accurate + config.select.balanced
+    for before, after in zip(config.search.stages, config.search.stages[1:], strict=False):
+        assert after.promote <= before.trials
+
+
+@pytest.mark.parametrize("name", ["multi_node", "paper"])
+def test_cluster_configs_have_absolute_paths(name):
+    """A submitted job runs in a copied working directory."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert config.resources.address == "auto"
+    assert all(Path(path).is_absolute() for path in (config.run_dir, *config.data.sources.values()))
+
+
+def test_paper_has_the_published_space():
+    config = load_config(ROOT / "configs" / "paper.yaml")
+    ranges = {name: (parameter.low, parameter.high) for name, parameter in config.search.space.items()}
+    assert ranges == {
+        "n_layers": (2, 6),
+        "hidden_dim": (100, 2000),
+        "n_head_layers": (2, 3),
+        "head_dim": (300, 1000),
+        "batch_structures": (16, 128),
+    }
+    assert (config.select.accurate, config.select.balanced) == (4, 11)
+
+
+def test_slurm_script_is_valid_bash():
+    subprocess.run(["bash", "-n", str(ROOT / "configs/slurm/wattier.sbatch")], check=True)
+
+
+@pytest.mark.parametrize(("n_nodes", "run_code"), [(1, 0), (2, 0), (2, 3)])
+def test_slurm_script_starts_ends_and_cleans_up(tmp_path, n_nodes, run_code):
+    """With stand-ins for Slurm, Ray and Wattier: one head, workers, the run's exit code, no child and no token left."""
+    tools = {
+        "scontrol": f"printf 'n%s\\n' $(seq {n_nodes})",
+        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+        "hostname": "echo 192.0.2.1 192.0.2.2",
+        "ray": 'echo "ray $* $RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> calls; echo $$ >> pids; exec sleep 60',
+        "python": "if [[ $1 == -c ]]; then echo token; else cat > /dev/null; fi",
+        "wattier": f'echo "wattier $* $RAY_ADDRESS" >> calls; exit {run_code}',
+        "sleep": 'if [[ $1 == 10 ]]; then exec /bin/sleep 0.2; else exec /bin/sleep "$1"; fi',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in tools.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    script = shutil.copy(ROOT / "configs/slurm/wattier.sbatch", tmp_path)
+    slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-9]", "SLURM_CPUS_PER_TASK": "4"}
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", **slurm}
+    answer = subprocess.run(
+        ["bash", str(script), "some.yaml"], cwd=tmp_path, env=environment, check=False, timeout=30, capture_output=True
+    )
+    assert answer.returncode == run_code, answer.stderr
+    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    assert sum("--head" in call for call in calls) == 1
+    assert sum("--address=192.0.2.1:22345" in call for call in calls) == n_nodes - 1
+    assert all(call.endswith("token 600") for call in calls if call.startswith("ray"))
+    assert calls[-1] == "wattier run some.yaml 192.0.2.1:22345"
+    for pid in map(int, (tmp_path / "pids").read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(tmp_path.glob(".ray-token*"))
+
+
+def test_runtime_env_names_the_source_roots():
+    runtime = yaml.safe_load((ROOT / "configs/ray/runtime_env.yaml").read_text())
+    roots = runtime["env_vars"]["PYTHONPATH"].split(":")
+    assert all((ROOT / root).is_dir() for root in roots)
+    assert {".git", ".venv", "runs"} <= set(runtime["excludes"])
