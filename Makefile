@@ -23,7 +23,7 @@ quickstart: setup ## run the whole funnel on the sample corpus, into runs/quicks
 check: setup-dev ## lint, types, import layers
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy platform/wattier telemetry/wattier_telemetry gnn/wattier_gnn
+	$(BIN)/mypy platform/wattier telemetry/wattier_telemetry gnn/wattier_gnn dashboards/build.py
 	$(BIN)/lint-imports
 
 test: check ## everything that must hold: check, then all tests

@@ -196,7 +196,7 @@ def fleet_panels() -> Iterator[AnyPanel]:
     yield figure("Read errors", "Failed readings since the exporters started.", COUNT, Query(f"sum({errors})"))
     yield curves(
         "Power by device",
-        "NVML's power is a 1 s mean. An MI250X tells the power of both dies on the even one: sum, never average.",
+        "NVML's power is a 1 s mean. An MI250X is one device of two dies.",
         WATTS,
         Query(power, DEVICE),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ def process_group(world: World, device: torch.device, *, exclusive_device: bool 
     )
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they may hold a DistributedDataParallel, see Trainer.run
+        raise
     finally:
         dist.destroy_process_group()
 

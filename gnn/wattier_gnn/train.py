@@ -51,10 +51,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch left behind.
-
-    val_by_source: energy_mae_ev, energy_mae_ev_per_atom and force_mae_ev_per_angstrom of each source.
-    """
+    """What one epoch left behind; `val_by_source` is that of `loss.metrics_by_source`."""
 
     epoch: int
     train_loss: float
@@ -105,7 +102,7 @@ class Trainer:
         self.train_indices, self.val_indices = train_indices, val_indices
         self.model = model.to(device)
         self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=_warmed_average(config.ema_decay))
-        self.wrapped: nn.Module = DistributedDataParallel(self.model) if self.world.size > 1 else self.model
+        self.wrapped: nn.Module = self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -130,24 +127,34 @@ class Trainer:
     def run(self, on_epoch: OnEpoch) -> TrainState:
         """Train from the last checkpoint, if there is one, until an end is reached; `on_epoch` is called on rank 0."""
         self._restore()
-        while not self.state.ended:
-            started = time.monotonic()
-            train_loss = self._train_epoch(self.state.epoch)
-            val_loss, by_source = self.validate()
-            self.state.epoch += 1
-            self.state.structures_seen += len(self.train_indices)
-            self.plateau.step(val_loss)
-            improved = self._note(train_loss, val_loss)
-            report = EpochReport(
-                self.state.epoch, train_loss, val_loss, by_source, self.state.structures_seen,
-                time.monotonic() - started, self.optimizer.param_groups[0]["lr"],
-            )  # fmt: skip
-            # Reported first, saved second: a process killed between the two trains this epoch again and reports it
-            # again, where the other order would lose the report.
-            if not self._may_go_on(report, on_epoch) and not self.state.ended:
-                self.state.ended = "stopped"
-            self._save(improved=improved)
+        if self.world.size > 1:
+            self.wrapped = DistributedDataParallel(self.model)
+        try:
+            while not self.state.ended:
+                self._epoch(on_epoch)
+        finally:
+            # Gone before the process group: as the group's last holder it would destroy it, and wait, holding the GIL,
+            # for a thread that needs the GIL.
+            self.wrapped = self.model
         return self.state
+
+    def _epoch(self, on_epoch: OnEpoch) -> None:
+        started = time.monotonic()
+        train_loss = self._train_epoch(self.state.epoch)
+        val_loss, by_source = self.validate()
+        self.state.epoch += 1
+        self.state.structures_seen += len(self.train_indices)
+        self.plateau.step(val_loss)
+        improved = self._note(train_loss, val_loss)
+        report = EpochReport(
+            self.state.epoch, train_loss, val_loss, by_source, self.state.structures_seen,
+            time.monotonic() - started, self.optimizer.param_groups[0]["lr"],
+        )  # fmt: skip
+        # Reported first, saved second: a process killed between the two trains this epoch again and reports it
+        # again, where the other order would lose the report.
+        if not self._may_go_on(report, on_epoch) and not self.state.ended:
+            self.state.ended = "stopped"
+        self._save(improved=improved)
 
     def validate(self) -> tuple[float, dict[str, dict[str, float]]]:
         """Validation loss (mean over sources of scaled errors) and metrics by source, of the averaged weights."""

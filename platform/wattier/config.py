@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from wattier.errors import UserError, did_you_mean
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 SourceName = Literal["ani1x", "qm7x", "oc20", "oc22", "mptrj", "extxyz"]
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -42,7 +53,7 @@ class SplitSection(Section):
 class DataSection(Section):
     """What to read and how to clean it. A source is a path, or `sample` for the corpus that ships with Wattier."""
 
-    sources: dict[SourceName, str] = Field(min_length=1)
+    sources: dict[SourceName, PathText] = Field(min_length=1)
     cutoff_angstrom: PositiveFloat = 5.0
     max_force_ev_per_angstrom: PositiveFloat = 100.0
     on_bad: Literal["refuse", "skip"] = "refuse"
@@ -82,7 +93,7 @@ class RangeParameter(Section):
     low: int | float
     high: int | float
     log: bool = False
-    step: Positive | PositiveFloat | None = None
+    step: Annotated[int | float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -92,7 +103,17 @@ class RangeParameter(Section):
             raise ValueError(f"low is {self.low}, but must be above 0 on a log scale")
         if self.log and self.step is not None:
             raise ValueError("log and step are both given, but only one can be used. Remove one of them")
+        if self.step is not None:
+            _refuse_uneven_step(self.low, self.high, self.step)
         return self
+
+
+def _refuse_uneven_step(low: float, high: float, step: float) -> None:
+    if all(isinstance(bound, int) for bound in (low, high)) and not float(step).is_integer():
+        raise ValueError(f"step is {step}, but must be a whole number, as low and high are")
+    steps = (high - low) / step
+    if steps < 0.5 or not math.isclose(steps, round(steps), rel_tol=1e-9):
+        raise ValueError(f"step is {step}, but must lead from low, {low}, to high, {high}, in whole steps")
 
 
 class ChoiceParameter(Section):
@@ -101,12 +122,24 @@ class ChoiceParameter(Section):
     choices: list[str | int | float | bool] = Field(min_length=1)
 
 
+def _parameter_kind(value: Any) -> str:
+    chosen = "choices" in value if isinstance(value, dict) else isinstance(value, ChoiceParameter)
+    return "ChoiceParameter" if chosen else "RangeParameter"
+
+
+Parameter = Annotated[
+    Annotated[RangeParameter, Tag("RangeParameter")] | Annotated[ChoiceParameter, Tag("ChoiceParameter")],
+    Discriminator(_parameter_kind),
+]
+PARAMETER_KINDS = ("RangeParameter", "ChoiceParameter")
+
+
 class StageSection(Section):
     """One rung of the funnel. structures: null = all training structures. promote: trials of the stage before that run
     again at this fidelity; `trials` counts them too. reduction_factor: null = no early stopping inside the stage."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
-    trials: Positive
+    trials: Annotated[int, Field(gt=0, le=100_000)]
     structures: Positive | None = None
     epochs: Positive = 1
     ranks: Positive = 1
@@ -125,16 +158,18 @@ class SearchSection(Section):
 
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     max_concurrent: Positive | None = None
-    space: dict[str, RangeParameter | ChoiceParameter]
+    space: dict[str, Parameter]
     stages: list[StageSection] = Field(min_length=1)
 
     @field_validator("space")
     @classmethod
     def _known_parameters(cls, space: dict[str, Any]) -> dict[str, Any]:
         known = {**ModelSection.model_fields, **TrainingSection.model_fields}
-        for name in space:
+        for name, parameter in space.items():
             if name not in known:
-                raise ValueError(f"unknown parameter {name!r}.{did_you_mean(name, known)} Known are {sorted(known)}")
+                hint = did_you_mean(name, known) or f" Known are {', '.join(sorted(known))}"
+                raise ValueError(f"unknown parameter {name!r}.{hint}")
+            _refuse_forbidden_values(name, parameter)
         return space
 
     @model_validator(mode="after")
@@ -143,6 +178,29 @@ class SearchSection(Section):
         if len(set(names)) < len(names) or {"full"} & set(names):
             raise ValueError(f"stage names are {names}, but must all differ, and none may be 'full'")
         return self
+
+    @model_validator(mode="after")
+    def _promoted_exist(self) -> Self:
+        trials = 0
+        for stage in self.stages:
+            if stage.promote > trials:
+                raise ValueError(
+                    f"stage {stage.name!r} promotes {stage.promote} trials of the stage before, but that has {trials}"
+                )
+            trials = stage.trials
+        return self
+
+
+def _refuse_forbidden_values(name: str, parameter: RangeParameter | ChoiceParameter) -> None:
+    """What a trial could not be built from is refused before any trial starts."""
+    values = parameter.choices if isinstance(parameter, ChoiceParameter) else [parameter.low, parameter.high]
+    section = ModelSection if name in ModelSection.model_fields else TrainingSection
+    for value in values:
+        try:
+            section.model_validate({name: value})
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
+            raise ValueError(f"{name} reaches {value!r}, but {reason}") from error
 
 
 class SelectSection(Section):
@@ -171,11 +229,11 @@ class FullTrainingSection(Section):
 
 
 class ResourcesSection(Section):
-    """What one rank of a trial gets. gpus_per_rank: null = one GPU where there is one, else none.
+    """What one rank of a trial gets. gpus_per_rank: at most 1; null = one GPU where there is one, else none.
     address: of a running Ray cluster, or null for a private one on this machine."""
 
     cpus_per_rank: Positive = 1
-    gpus_per_rank: Annotated[float, Field(ge=0)] | None = None
+    gpus_per_rank: Annotated[float, Field(ge=0, le=1)] | None = None
     address: str | None = None
     retries: Annotated[int, Field(ge=0)] = 1
 
@@ -183,7 +241,7 @@ class ResourcesSection(Section):
 class TelemetrySection(Section):
     """Where joules come from: auto, nvml, amd, rapl, estimated, or replay:FILE."""
 
-    source: str = "auto"
+    source: PathText = "auto"
     rated_watts_per_core: PositiveFloat | None = None
     interval_seconds: PositiveFloat = 0.1
 
@@ -192,7 +250,7 @@ class RunConfig(Section):
     """A whole run, from data to release."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
-    run_dir: str
+    run_dir: PathText
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     launcher: Literal["ray", "inline"] = "ray"
     data: DataSection
@@ -203,6 +261,13 @@ class RunConfig(Section):
     full_training: FullTrainingSection = FullTrainingSection()
     resources: ResourcesSection = ResourcesSection()
     telemetry: TelemetrySection = TelemetrySection()
+
+    @field_validator("run_dir")
+    @classmethod
+    def _on_this_machine(cls, run_dir: str) -> str:
+        if "://" in run_dir:
+            raise ValueError(f"is {run_dir!r}, but must be a path on a file system. Mount the storage on every node")
+        return run_dir
 
     def to_yaml(self) -> str:
         """The whole config, defaults filled in."""
@@ -258,12 +323,14 @@ def _read_yaml(path: Path) -> Any:
             raise UserError(f"{path}: is a folder, but must be a YAML file. Give the path of the config.")
         if size > MAX_CONFIG_BYTES:
             raise UserError(f"{path}: is {size} bytes, but a config must be under {MAX_CONFIG_BYTES}. Is it a config?")
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text. Give the path of a YAML config.") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except Exception as error:  # PyYAML raises YAMLError, RecursionError, ValueError, KeyError ... by content
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: is not valid YAML ({reason}). Mend that line.") from error
     if not isinstance(data, dict):
@@ -293,21 +360,24 @@ _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0
 def _explain(path: Path, kind: type[Section], error: ValidationError) -> str:
     """The first problem, as ``file: search.stages[0]: unknown key 'epoch'. Did you mean 'epochs'?``."""
     problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = [part for part in problem["loc"] if part not in ("RangeParameter", "ChoiceParameter", "[key]")]
+    problem = next((p for p in problems if p["type"] in ("extra_forbidden", "invalid_key")), problems[0])
+    location = [part for part in problem["loc"] if part not in (*PARAMETER_KINDS, "[key]")]
     more = f" ({len(problems) - 1} more problems follow.)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
         *parents, key = location
-        known = _known_keys(kind, parents)
+        known = _known_keys(kind, list(problem["loc"][:-1]))
         return f"{path.name}: {_dotted(parents)}unknown key {key!r}.{did_you_mean(str(key), known)}" + (
             "" if did_you_mean(str(key), known) else f" Known are {', '.join(known)}." if known else ""
         )
     where = _dotted(location)
+    if problem["type"] == "invalid_key":
+        return f"{path.name}: {_dotted(location[:-1])}key {_kind(problem['input'])} is no text. Quote it, or remove it."
     if problem["type"] == "missing":
         return f"{path.name}: {where}is missing, but must be given. Add it."
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)
     given = "" if problem["type"] == "value_error" else f"is {_kind(problem['input'])}, but "
-    return f"{path.name}: {where}{given}{message}.{more}"
+    return f"{path.name}: {where}{given}{message}{'' if message.endswith('?') else '.'}{more}"
 
 
 def _known_keys(kind: type[BaseModel], location: list[Any]) -> list[str]:
@@ -316,14 +386,15 @@ def _known_keys(kind: type[BaseModel], location: list[Any]) -> list[str]:
     node: Any = schema
     for part in location:
         node = _resolve(schema, node)
-        if isinstance(part, int):
+        if part in PARAMETER_KINDS:
+            node = schema["$defs"][part]
+        elif isinstance(part, int):
             node = node.get("items", {})
         else:
             node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
         if not isinstance(node, dict):
             return []
-    options = [_resolve(schema, option) for option in _resolve(schema, node).get("anyOf", [node])]
-    return [key for option in options for key in option.get("properties", {})]
+    return list(_resolve(schema, node).get("properties", {}))
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
@@ -342,5 +413,11 @@ def _dotted(location: list[Any]) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "empty"
-    text = repr(value)
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number of more than 77 digits"
+    text = _shortly.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+_shortly = reprlib.Repr()  # nested aliases can make a small file's repr fill the memory
+_shortly.maxlevel, _shortly.maxstring, _shortly.maxother = 2, 60, 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import socket
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
-from wattier.rundir import RunDir, read_json, write_json
+from wattier.rundir import RunDir, decode, read_json, write_json
 from wattier.trial import RunTrial, TrialContext, TrialSpec, interrupted_or_failed
 from wattier_gnn.distributed import World
 
@@ -63,7 +66,7 @@ class Stage:
         """The result that a trial left, or the record of one that left none."""
         path = self.run.trial_folder(self.fidelity.stage, proposal.trial_id) / "result.json"
         if path.exists():
-            return TrialResult.from_dict(read_json(path))
+            return decode(path, TrialResult.from_dict, read_json(path))
         spec = self.spec(proposal)
         return interrupted_or_failed(spec, self.run, "failed", error or "the trial ended without a result")
 
@@ -97,10 +100,11 @@ class InlineLauncher:
 
     def _run_one(self, stage: Stage, spec: TrialSpec, policy: Policy, run_trial: RunTrial) -> str | None:
         size, port = spec.fidelity.ranks, free_port()
+        gpus = gpus_per_rank(stage.config.resources.gpus_per_rank, size, float(torch.cuda.device_count()))
         spawn = multiprocessing.get_context("spawn")
         others = [
             spawn.Process(
-                target=_run_rank, args=(run_trial, spec, stage.config, World(rank, size, port=port)), daemon=True
+                target=_run_rank, args=(run_trial, spec, stage.config, World(rank, size, port=port), gpus), daemon=True
             )
             for rank in range(1, size)
         ]
@@ -113,7 +117,7 @@ class InlineLauncher:
         error = None
         for attempt in range(stage.config.resources.retries + 1):
             try:
-                run_trial(TrialContext(spec, stage.config, World(0, size, port=port), True, report))
+                run_trial(TrialContext(spec, stage.config, World(0, size, port=port), gpus, report))
             except Exception:  # noqa: BLE001  (a trial may fail in any way; the search goes on)
                 error = write_traceback(stage, spec)
                 if size > 1 or attempt == stage.config.resources.retries:
@@ -128,6 +132,11 @@ class InlineLauncher:
         return error
 
 
+def gpus_per_rank(wanted: float | None, ranks: int, available: float) -> float:
+    """What the config says; without a word a GPU a rank, or equal parts where there are fewer, or none."""
+    return min(1.0, math.floor(1e4 * available / ranks) / 1e4) if wanted is None else wanted
+
+
 def never_stop(_: EpochRecord) -> bool:
     """The report of a rank that nobody listens to."""
     return True
@@ -139,6 +148,12 @@ def write_traceback(stage: Stage, spec: TrialSpec) -> str:
     folder = stage.run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
     (folder / "error.txt").write_text(text)
     return text.strip().splitlines()[-1]
+
+
+def runs_here(config: RunConfig) -> bool:
+    """Whether trials run on this machine alone, not on a Ray cluster that is named or that this job was submitted to."""
+    joined = config.resources.address is not None or "RAY_ADDRESS" in os.environ
+    return config.launcher == "inline" or not joined
 
 
 def check_local_resources(stage: Stage) -> None:
@@ -165,5 +180,5 @@ def free_port() -> int:
         return port
 
 
-def _run_rank(run_trial: RunTrial, spec: TrialSpec, config: RunConfig, world: World) -> None:
-    run_trial(TrialContext(spec, config, world, True, never_stop))
+def _run_rank(run_trial: RunTrial, spec: TrialSpec, config: RunConfig, world: World, gpus: float) -> None:
+    run_trial(TrialContext(spec, config, world, gpus, never_stop))

@@ -39,7 +39,9 @@ from wattier.launch import (
     Stage,
     check_local_resources,
     free_port,
+    gpus_per_rank,
     never_stop,
+    runs_here,
     write_traceback,
 )
 from wattier.records import EpochRecord, Proposal
@@ -63,7 +65,7 @@ class RayLauncher:
 
     def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
         """See `Launcher.run`."""
-        if stage.config.resources.address is None:
+        if runs_here(stage.config):
             check_local_resources(stage)
         if not self._started:
             self._cluster.enter_context(_cluster(stage.config.resources))
@@ -118,7 +120,7 @@ def _check_cluster_resources(stage: Stage) -> None:
     import ray
 
     have: Mapping[str, float] = ray.cluster_resources()
-    for name, each in _bundle(stage.config.resources).items():
+    for name, each in _bundle(stage.config.resources, stage.fidelity.ranks).items():
         wanted = each * stage.fidelity.ranks
         if wanted > have.get(name, 0):
             raise UserError(
@@ -127,13 +129,11 @@ def _check_cluster_resources(stage: Stage) -> None:
             )
 
 
-def _bundle(resources: ResourcesSection) -> dict[str, float]:
-    """What one rank is given. Without a word on GPUs it gets one where there is one."""
+def _bundle(resources: ResourcesSection, ranks: int) -> dict[str, float]:
+    """What one of a trial's ranks is given."""
     import ray
 
-    gpus = resources.gpus_per_rank
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    gpus = gpus_per_rank(resources.gpus_per_rank, ranks, ray.cluster_resources().get("GPU", 0.0))
     bundle = {"CPU": float(resources.cpus_per_rank)}
     return bundle | ({"GPU": gpus} if gpus else {})
 
@@ -194,7 +194,7 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
             return self  # Tune works on a copy of what it is given
 
     resources = stage.config.resources
-    bundles = [_bundle(resources)] * stage.fidelity.ranks
+    bundles = [_bundle(resources, stage.fidelity.ranks)] * stage.fidelity.ranks
     scratch = Path(tempfile.mkdtemp(prefix="wattier-tune-"))
     try:
         tune.Tuner(
@@ -279,11 +279,12 @@ class _Trainable:
 
         config = _parse(self.config_yaml)
         size = spec.fidelity.ranks
-        exclusive = _bundle(config.resources).get("GPU", 1.0) >= 1
+        bundle = _bundle(config.resources, size)
+        gpus = bundle.get("GPU", 0.0)
         address, port = ray.util.get_node_ip_address(), free_port()
-        ranks = _rank_actors(size, _bundle(config.resources)) if size > 1 else []
+        ranks = _rank_actors(size, bundle) if size > 1 else []
         running = [
-            actor.run.remote(self.run_trial, spec, self.config_yaml, World(rank, size, address, port), exclusive)
+            actor.run.remote(self.run_trial, spec, self.config_yaml, World(rank, size, address, port), gpus)
             for rank, actor in enumerate(ranks, start=1)
         ]
 
@@ -294,7 +295,7 @@ class _Trainable:
 
         stage = _bare_stage(spec, config)
         try:
-            self.run_trial(TrialContext(spec, config, World(0, size, address, port), exclusive, report))
+            self.run_trial(TrialContext(spec, config, World(0, size, address, port), gpus, report))
             ray.get(running)
         except Exception:
             write_traceback(stage, spec)
@@ -356,5 +357,5 @@ def _drop_rank_actors() -> None:
 class _Rank:
     """A process that plays one rank after another."""
 
-    def run(self, run_trial: RunTrial, spec: TrialSpec, config_yaml: str, world: World, exclusive: bool) -> None:
-        run_trial(TrialContext(spec, _parse(config_yaml), world, exclusive, never_stop))
+    def run(self, run_trial: RunTrial, spec: TrialSpec, config_yaml: str, world: World, gpus: float) -> None:
+        run_trial(TrialContext(spec, _parse(config_yaml), world, gpus, never_stop))

@@ -11,7 +11,7 @@ from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.evaluate import evaluate_run
 from wattier.fulltrain import train_members, trained_members
-from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources
+from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
 from wattier.records import Fidelity, Selection, TrialResult
 from wattier.release import export_release
 from wattier.report import write_report
@@ -46,7 +46,7 @@ def prepare_data(run: RunDir, config: RunConfig, listener: Listener) -> Store:
     paths: dict[str, Path] = {
         name: sample_path(name) if path == "sample" else Path(path).expanduser() for name, path in data.sources.items()
     }
-    with metered(run.phase_folder("data"), "driver", config):
+    with metered(run.phase_folder("data"), "driver", config.telemetry):
         return ingest(
             paths,
             run.store_path,
@@ -107,7 +107,7 @@ def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
         if [member["trial_id"] for member in evaluation["members"]] == names:
             return
     listener.phase("evaluation")
-    with metered(run.phase_folder("evaluation"), "driver", config):
+    with metered(run.phase_folder("evaluation"), "driver", config.telemetry):
         evaluate_run(run, config, members, listener.say)
 
 
@@ -152,7 +152,7 @@ def projected_joules(run: RunDir, config: RunConfig, result: TrialResult) -> flo
 
 def _check_stages(run: RunDir, config: RunConfig) -> None:
     """Refuse what could never start, before any work is done."""
-    if config.resources.address is None:
+    if runs_here(config):
         fidelities = [Fidelity(s.name, s.structures, s.epochs, s.ranks) for s in config.search.stages]
         full = config.full_training
         for fidelity in [*fidelities, Fidelity(FULL_STAGE, None, full.epochs, full.ranks)]:

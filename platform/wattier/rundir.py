@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wattier.config import RunConfig, load_config
 from wattier.errors import UserError
 from wattier.records import EpochRecord, Selection, TrialResult
 
 FULL_STAGE = "full"
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class RunDir:
@@ -46,9 +53,10 @@ class RunDir:
         run = cls(Path(config.run_dir))
         text = config.to_yaml()
         if run.config_path.exists():
-            if run.config_path.read_text() != text:
+            there = run.config_path.read_text(encoding="utf-8", errors="replace")
+            if there != text:
                 raise UserError(
-                    f"{run.path}: holds a run of another config{_first_difference(run.config_path.read_text(), text)}. "
+                    f"{run.path}: holds a run of another config{_first_difference(there, text)}. "
                     "Set another run_dir, or remove the folder to start over."
                 )
             return run
@@ -87,19 +95,21 @@ class RunDir:
         """All finished trials, in order of finishing; of one id the last row counts."""
         rows: dict[tuple[str, str], TrialResult] = {}
         for data in read_json_lines(self.trials_path):
-            result = TrialResult.from_dict(data)
+            result = decode(self.trials_path, TrialResult.from_dict, data)
             rows[result.fidelity.stage, result.trial_id] = result
         return [row for row in rows.values() if stage in (None, row.fidelity.stage)]
 
     def epochs(self, stage: str, trial_id: str) -> list[EpochRecord]:
         """A trial's epochs; of one epoch reported by two attempts the last counts."""
-        lines = read_json_lines(self.trial_folder(stage, trial_id) / "epochs.jsonl")
-        records = (EpochRecord.from_dict(line) for line in lines)
+        path = self.trial_folder(stage, trial_id) / "epochs.jsonl"
+        records = [decode(path, EpochRecord.from_dict, line) for line in read_json_lines(path)]
         return sorted({record.epoch: record for record in records}.values(), key=lambda record: record.epoch)
 
     def selection(self) -> Selection | None:
         """The chosen trials, once there are any."""
-        return Selection.from_dict(read_json(self.selection_path)) if self.selection_path.exists() else None
+        if not self.selection_path.exists():
+            return None
+        return decode(self.selection_path, Selection.from_dict, read_json(self.selection_path))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -130,11 +140,14 @@ def hold_lock(path: Path) -> Iterator[bool]:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -154,6 +167,20 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: is not readable JSON ({error}). Remove the file; it will be made again.") from error
 
 
+def decode(path: Path, decoder: Callable[[Any], T], data: Any) -> T:
+    """A record of what a file held.
+
+    Raises:
+        UserError: it is JSON, but not such a record.
+    """
+    try:
+        return decoder(data)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: holds no record of this version ({error!r}). Restore the file, or remove it."
+        ) from error
+
+
 def append_json_line(path: Path, data: Any) -> None:
     """Append one record in one write, after closing a line that a crash tore."""
     line = json.dumps(data, allow_nan=False) + "\n"
@@ -168,7 +195,7 @@ def append_json_line(path: Path, data: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """All whole records; a line torn by a crash is left out, damage elsewhere is an error.
+    """All whole records; a line torn by a crash is left out with a warning, damage elsewhere is an error.
 
     Raises:
         UserError: a line that something follows is no JSON and no torn record.
@@ -182,14 +209,27 @@ def read_json_lines(path: Path) -> list[Any]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            if line.startswith(b"{") and not line.rstrip().endswith(b"}"):
-                continue  # torn: its writer died in the middle and wrote the record again later
+            if _is_torn(line):
+                _warn_of_torn_line(path, number)
+                continue
             raise UserError(f"{path}: line {number} is no JSON record ({error}). Remove that line.") from error
     return records
 
 
+def _is_torn(line: bytes) -> bool:
+    """Whether a record was begun and never ended: its writer died in the middle and wrote it again later."""
+    outside_strings = re.sub(rb'"(?:[^"\\]|\\.)*(?:"|\\?$)', b"", line)
+    return line.startswith(b"{") and outside_strings.count(b"{") > outside_strings.count(b"}")
+
+
+@cache
+def _warn_of_torn_line(path: Path, number: int) -> None:
+    """Once, however often the file is read."""
+    log.warning("%s: line %d was torn by a crash and is left out", path, number)
+
+
 def _first_difference(old: str, new: str) -> str:
-    for before, after in zip(old.splitlines(), new.splitlines(), strict=False):
+    for before, after in zip_longest(old.splitlines(), new.splitlines(), fillvalue=""):
         if before != after:
             return f" (there: {before.strip()!r}, here: {after.strip()!r})"
     return ""

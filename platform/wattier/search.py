@@ -21,7 +21,7 @@ from wattier.config import ChoiceParameter, RangeParameter, RunConfig, SearchSec
 from wattier.launch import Launcher, Policy, Stage
 from wattier.pareto import hypervolume_contributions, non_dominated_ranks
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, TrialResult
-from wattier.rundir import RunDir, append_json_line, read_json
+from wattier.rundir import RunDir, append_json_line, decode, read_json
 from wattier.trial import RunTrial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -129,8 +129,10 @@ class SearchPolicy:
     def _opened(self) -> list[Proposal]:
         """Trials whose folder exists, by their ``trial.json``."""
         folder = self.run.path / "trials" / self.stage.name
-        notes = [read_json(path) for path in sorted(folder.glob("*/trial.json"))]
-        return [Proposal(note["trial_id"], note["params"]) for note in notes]
+        notes = sorted(folder.glob("*/trial.json"))
+        return [
+            decode(path, lambda note: Proposal(note["trial_id"], note["params"]), read_json(path)) for path in notes
+        ]
 
     def _known(self, params: Params) -> Params:
         return {k: v for k, v in params.items() if k in self.space}
@@ -224,7 +226,8 @@ def adopt_finished(stage: Stage) -> None:
     known = {result.trial_id for result in stage.run.trials(name)}
     for path in sorted((stage.run.path / "trials" / name).glob("*/result.json")):
         if path.parent.name not in known:
-            append_json_line(stage.run.trials_path, TrialResult.from_dict(read_json(path)).to_dict())
+            result = decode(path, TrialResult.from_dict, read_json(path))
+            append_json_line(stage.run.trials_path, result.to_dict())
 
 
 def _told(result: TrialResult) -> tuple[list[float] | None, TrialState | None]:

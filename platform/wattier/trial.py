@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from wattier.config import ModelSection, RunConfig, TrainingSection
+from wattier.config import ModelSection, RunConfig, TelemetrySection, TrainingSection
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
 from wattier.rundir import RunDir, append_json_line, hold_lock, read_json_lines, write_json
 from wattier_gnn import checkpoint
@@ -56,15 +56,20 @@ class TrialContext:
         spec: what to train.
         config: the run's config.
         world: this process's rank among the trial's ranks.
-        exclusive_device: no other rank uses this process's device.
+        gpus: the part of a GPU that is this rank's, 0 on a CPU.
         report: rank 0 calls it after each epoch; False means stop.
     """
 
     spec: TrialSpec
     config: RunConfig
     world: World
-    exclusive_device: bool
+    gpus: float
     report: Callable[[EpochRecord], bool]
+
+    @property
+    def device_fraction(self) -> float:
+        """The part of each metered device that this rank owns: of its GPU, or of the machine's cores."""
+        return min(1.0, self.gpus or self.config.resources.cpus_per_rank / (os.cpu_count() or 1))
 
     @property
     def folder(self) -> Path:
@@ -86,11 +91,13 @@ def run_trial(context: TrialContext) -> TrialResult | None:
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     rank = context.world.rank
     with ExitStack() as stack:
-        meter, source = stack.enter_context(metered(context.folder, f"rank{rank}", context.config))
+        meter, source = stack.enter_context(
+            metered(context.folder, f"rank{rank}", context.config.telemetry, context.device_fraction)
+        )
         if rank == 0:
             stack.enter_context(_own_folder(context.folder))
-        device = _device(rank)
-        stack.enter_context(process_group(context.world, device, exclusive_device=context.exclusive_device))
+        device = _device(context)
+        stack.enter_context(process_group(context.world, device, exclusive_device=context.gpus >= 1))
         registration = stack.enter_context(_registered(context, source))
         trainer = _trainer(context, device)
         stopped_by: BaseException | None = None
@@ -111,29 +118,21 @@ def run_trial(context: TrialContext) -> TrialResult | None:
 
 
 @contextmanager
-def metered(folder: Path, name: str, config: RunConfig) -> Iterator[tuple[EnergyMeter, PowerSource]]:
+def metered(
+    folder: Path, name: str, telemetry: TelemetrySection, fraction: float = 1.0
+) -> Iterator[tuple[EnergyMeter, PowerSource]]:
     """A running meter whose journal lies in a folder; one journal for each attempt."""
     folder.mkdir(parents=True, exist_ok=True)
-    telemetry = config.telemetry
     source = open_source(telemetry.source, rated_watts=telemetry.rated_watts_per_core)
     attempt = 1 + len(list(folder.glob(f"*{name}.energy.json")))
     journal = folder / f"attempt{attempt}-{name}.energy.json"
     try:
         with EnergyMeter(
-            source, journal=journal, fraction=device_fraction(config), interval_seconds=telemetry.interval_seconds
+            source, journal=journal, fraction=fraction, interval_seconds=telemetry.interval_seconds
         ) as meter:
             yield meter, source
     finally:
         source.close()
-
-
-def device_fraction(config: RunConfig) -> float:
-    """The part of each device that one rank owns: of its GPU, or of the machine's cores where there is none."""
-    resources = config.resources
-    if torch.cuda.is_available():
-        gpus = 1.0 if resources.gpus_per_rank is None else resources.gpus_per_rank
-        return min(1.0, gpus) if gpus > 0 else 1.0
-    return min(1.0, resources.cpus_per_rank / (os.cpu_count() or 1))
 
 
 def settings_of(config: RunConfig, params: Params) -> tuple[ModelSection, TrainingSection]:
@@ -252,7 +251,7 @@ def _registered(context: TrialContext, source: PowerSource) -> Iterator[dict[str
         "rank": context.world.rank,
         "pid": os.getpid(),
         "device_uuids": tuple(device.uuid for device in source.devices()),
-        "fraction": device_fraction(context.config),
+        "fraction": context.device_fraction,
         "epochs": spec.fidelity.epochs,
     }
     first = TrialRegistration(**fields)
@@ -275,11 +274,11 @@ def _own_folder(folder: Path) -> Iterator[None]:
     raise TimeoutError(f"{folder} is still in use by another process after {ORPHAN_WAIT_SECONDS} s")
 
 
-def _device(rank: int) -> torch.device:
-    """This rank's GPU, where the process sees any: its own when the launcher narrowed the view, else by rank."""
-    if not torch.cuda.is_available():
+def _device(context: TrialContext) -> torch.device:
+    """This rank's GPU, if it was given one: its own when the launcher narrowed the view, else by rank."""
+    if not context.gpus or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device("cuda", context.world.rank % torch.cuda.device_count())
 
 
 def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_at: str, seconds: float) -> TrialResult:

@@ -116,7 +116,7 @@ def tools() -> Toolbox:
 
 def emt_labels(atoms: Any) -> tuple[float, Any]:
     """Energy in eV and forces [N, 3] in eV/Angstrom of the effective medium theory."""
-    atoms.calc = EMT()  # type: ignore[no-untyped-call]
+    atoms.calc = EMT()
     return float(atoms.get_potential_energy()), atoms.get_forces()
 
 

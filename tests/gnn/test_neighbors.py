@@ -50,7 +50,7 @@ def by_ase(structure: Structure, cutoff: float = CUTOFF) -> set[tuple[int, ...]]
         cell=structure.cell_angstrom,
         pbc=structure.pbc,
     )
-    i, j, shifts = neighbor_list("ijS", atoms, cutoff)  # type: ignore[no-untyped-call]
+    i, j, shifts = neighbor_list("ijS", atoms, cutoff)
     return {(*pair, *shift) for pair, shift in zip(np.stack([i, j]).T.tolist(), shifts.tolist(), strict=True)}
 
 

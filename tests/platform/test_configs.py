@@ -72,8 +72,8 @@ def test_slurm_script_starts_ends_and_cleans_up(tmp_path, n_nodes, run_code):
         "scontrol": f"printf 'n%s\\n' $(seq {n_nodes})",
         "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
         "hostname": "echo 192.0.2.1 192.0.2.2",
-        "ray": 'echo "ray $* $RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> calls; echo $$ >> pids; exec sleep 60',
-        "python": "if [[ $1 == -c ]]; then echo token; else cat > /dev/null; fi",
+        "ray": 'echo $$>>pids; echo "ray $* $RAY_AUTH_MODE $(stat -c %a $RAY_AUTH_TOKEN_PATH)" >> calls; exec sleep 9',
+        "python": f"[[ $1 == -c ]] && echo token || while (($(wc -l < calls) < {n_nodes})); do sleep 0.05; done",
         "wattier": f'echo "wattier $* $RAY_ADDRESS" >> calls; exit {run_code}',
         "sleep": 'if [[ $1 == 10 ]]; then exec /bin/sleep 0.2; else exec /bin/sleep "$1"; fi',
     }
