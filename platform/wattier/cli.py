@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -191,8 +192,12 @@ def _opened(target: Path) -> Iterator[tuple[RunDir, RunConfig, RunConsole]]:
     with rundir.lock():
         from wattier.console import RunConsole
 
-        with RunConsole(rundir) as console:
-            yield rundir, config, console
+        try:
+            with RunConsole(rundir) as console:
+                yield rundir, config, console
+        except KeyboardInterrupt:
+            typer.echo("Interrupted. The same command goes on from here.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _existing(target: Path) -> RunDir:
@@ -205,11 +210,9 @@ def _existing(target: Path) -> RunDir:
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2, a bug leaves its traceback in a file."""
     logging.basicConfig(level=os.environ.get("WATTIER_LOG_LEVEL", "WARNING"), format="%(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)  # how Slurm and Ray jobs ask to stop
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command goes on from here.", err=True)
-        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001  (the last line of defence)
         if _is_users(error):
             typer.echo(" ".join(str(error).split()), err=True)
@@ -218,6 +221,10 @@ def main() -> None:
         path.write_text(traceback.format_exc())
         typer.echo(f"wattier failed: {type(error).__name__}: {error}. The traceback is in {path}.", err=True)
         sys.exit(EXIT_FAILURE)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _is_users(error: Exception) -> bool:

@@ -151,7 +151,7 @@ def write_traceback(stage: Stage, spec: TrialSpec) -> str:
 
 
 def runs_here(config: RunConfig) -> bool:
-    """Whether trials run on this machine alone, not on a Ray cluster that is named or that this job was submitted to."""
+    """Whether trials run on this machine alone, not on a Ray cluster that the config or the environment names."""
     joined = config.resources.address is not None or "RAY_ADDRESS" in os.environ
     return config.launcher == "inline" or not joined
 

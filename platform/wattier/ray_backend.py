@@ -13,13 +13,17 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # Ray binds to all interfaces unless told so before it is imported; it reads the others at import time too.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -51,6 +55,7 @@ from wattier_gnn.distributed import World
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # trials read the store from disk and pass only small records
 RESULT_WAIT_SECONDS = 60
+LONGEST_ROOT = 20  # characters; a Unix socket's path has at most 107, of which Ray's own names take 67
 
 
 class RayLauncher:
@@ -89,7 +94,7 @@ def _cluster(resources: ResourcesSection) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {"address": resources.address or os.environ.get("RAY_ADDRESS")}
         if private:
-            folder = Path(tempfile.mkdtemp(prefix="wattier-ray-"))
+            folder = _scratch_folder("wattier-ray")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             token = folder / "token"
             token.touch(mode=0o600)
@@ -104,6 +109,7 @@ def _cluster(resources: ResourcesSection) -> Iterator[None]:
             }
         import ray
 
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
         except ConnectionError as error:
@@ -112,7 +118,23 @@ def _cluster(resources: ResourcesSection) -> Iterator[None]:
                 "Give the address of a running one, or leave it out for a private one."
             ) from error
         stack.callback(ray.shutdown)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts in one that skips our clean-up
         yield
+
+
+def _scratch_folder(name: str) -> Path:
+    """A folder of this process alone; those that killed processes left behind are removed on the way.
+
+    Ray puts Unix sockets in it, whose paths must be short: a long TMPDIR is not used.
+    """
+    root = Path(tempfile.gettempdir())
+    root = root if len(str(root)) <= LONGEST_ROOT else Path("/tmp")
+    for folder in root.glob(f"{name}-*-*"):
+        owner = folder.name.removeprefix(f"{name}-").split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{name}-{os.getpid()}-", dir=root))
 
 
 def _check_cluster_resources(stage: Stage) -> None:
@@ -195,7 +217,7 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
 
     resources = stage.config.resources
     bundles = [_bundle(resources, stage.fidelity.ranks)] * stage.fidelity.ranks
-    scratch = Path(tempfile.mkdtemp(prefix="wattier-tune-"))
+    scratch = _scratch_folder("wattier-tune")
     try:
         tune.Tuner(
             tune.with_resources(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -79,13 +80,13 @@ class SearchPolicy:
         self.space = distributions(config.search.space)
         self.halving = Halving(stage.epochs, stage.reduction_factor)
         done = run.trials(stage.name)
-        self.study = optuna.create_study(
-            directions=["minimize", "minimize"], sampler=_sampler(config.search, config.seed + len(done))
-        )
         self.asked: dict[str, optuna.Trial] = {}
         finished = {result.trial_id for result in done}
         self.waiting = [p for p in self._opened() if p.trial_id not in finished]
         opened = finished | {p.trial_id for p in self.waiting}
+        # Neither another stage nor a killed process of this one has drawn from the same seed.
+        seed = zlib.crc32(f"{config.seed} {stage.name} {len(opened)}".encode())
+        self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=_sampler(config.search, seed))
         for index, params in enumerate(promoted):
             trial_id = self._trial_id(index)
             if trial_id not in opened:

@@ -44,9 +44,7 @@ def assert_undisturbed_outcome(place: Workplace) -> None:
         assert (place.run_dir / name).exists(), name
 
 
-@pytest.mark.parametrize(
-    "moment", [kill_in_search, kill_in_two_rank_stage, kill_in_full_training, kill_in_evaluation]
-)
+@pytest.mark.parametrize("moment", [kill_in_search, kill_in_two_rank_stage, kill_in_full_training, kill_in_evaluation])
 def test_killed_and_run_again(tiny: Workplace, moment) -> None:
     tiny.kill_when(lambda: moment(tiny), "run", "config.yaml", witnessed=True)
     finished = {(r["fidelity"]["stage"], r["trial_id"]): r for r in tiny.rows()}

@@ -1,4 +1,4 @@
-"""A trial without a network: its loss curve is a formula of its hyper-parameters, and some of them are made to go wrong.
+"""A trial without a network: its loss curve is a formula of its hyper-parameters, and some are made to go wrong.
 
 n_layers: 7 = every attempt dies, 8 = the first attempt dies, 9 = the loss is not finite from the second epoch on.
 """

@@ -23,7 +23,7 @@ from wattier.select import select_trials
 
 sys.path.append(str(Path(__file__).parent))  # trials run in other processes, which import their function by its name
 
-import tabular  # noqa: E402
+import tabular
 
 WATTS = 100.0
 SPACE = {
@@ -180,6 +180,7 @@ class LauncherContract:
         run_search(run, config, launcher, self.run_trial, lambda _: None)
         wide, deep = run.trials("wide"), {row.trial_id: row for row in run.trials("deep")}
         best = promoted_trials(wide, 2)
+        assert [row.status for row in wide] == ["complete"] * 5, [row.error for row in wide]
         assert [deep["deep-000"].params, deep["deep-001"].params] == [row.params for row in best]
         points = [[row.val_loss, row.energy_joules] for row in wide]
         front = {wide[i].trial_id for i, rank in enumerate(non_dominated_ranks(points)) if rank == 0}
@@ -242,7 +243,8 @@ class TestRayLauncher(LauncherContract):
     run_trial = staticmethod(tabular.run_killed)
 
     @pytest.fixture(scope="class")
-    def session(self, tmp_path_factory):
+    @classmethod
+    def session(cls, tmp_path_factory):
         """One private cluster for all tests of this class, started from a fresh HOME; its folders and processes."""
         home = tmp_path_factory.mktemp("home")
         before = set(wattier_folders())
@@ -343,6 +345,14 @@ class TestRebuiltPolicy:
         assert [p.trial_id for p in proposals] == ["only-002", "only-003", "only-004", "only-005"]
         assert len({p.params["learning_rate"] for p in [*opened, *proposals]}) == 6
 
+    def test_the_sampler_does_not_repeat_what_was_interrupted(self, killed):
+        run, config, _, opened, _ = killed
+        run.trials_path.unlink()
+        again = SearchPolicy(config, config.search.stages[0], run=run, promoted=[])
+        proposals = [again.propose() for _ in range(6)]
+        assert proposals[:4] == opened
+        assert len({p.params["learning_rate"] for p in proposals}) == 6
+
     def test_rungs_and_answers_are_kept(self, killed):
         run, config, policy, opened, answers = killed
         again = SearchPolicy(config, config.search.stages[0], run=run, promoted=[])
@@ -351,7 +361,7 @@ class TestRebuiltPolicy:
         for proposal in opened[2:]:
             record = run.epochs("only", proposal.trial_id)[0]
             assert again.on_epoch(proposal.trial_id, record) == again.on_epoch(proposal.trial_id, record)
-        assert again.halving.answers == answers
+        assert again.halving.answers == {(trial_id, 1): answer for trial_id, answer in answers.items()}
 
     def test_a_promoted_trial_is_proposed_once_and_before_the_sampler(self, make):
         run, config = make(trials=3)
