@@ -32,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = sample_store(Path(folder) / "store")
         batch = store.batch(np.random.default_rng(SEED).choice(len(store), 32, replace=False))
-        print(
+        print(f"32 structures, {len(batch.numbers)} atoms, {batch.edge_index.shape[1]} edges, hidden {HIDDEN_DIM}")
             f"batch: 32 structures, {len(batch.numbers)} atoms, {batch.edge_index.shape[1]} edges, hidden {HIDDEN_DIM}"
         )
         edge_linear(batch)

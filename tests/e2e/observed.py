@@ -1,7 +1,7 @@
-"""A witness of the energy ledger that shares no code with it: it watches how long each rank of a trial is under the meter.
+"""A witness of the energy ledger that shares no code with it: it watches how long each rank is under the meter.
 
-Each call of the trial writes the first and the last moment at which its journal was open, every two milliseconds, into a
-file of its own; a SIGKILL leaves the last stamp behind.
+Each call of the trial writes the first and the last moment at which its journal was open, every two milliseconds, into
+a file of its own; a SIGKILL leaves the last stamp behind.
 """
 
 from __future__ import annotations

@@ -247,16 +247,16 @@ class TestRayLauncher(LauncherContract):
     def session(cls, tmp_path_factory):
         """One private cluster for all tests of this class, started from a fresh HOME; its folders and processes."""
         home = tmp_path_factory.mktemp("home")
-        before = set(wattier_folders())
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HOME", str(home))
             for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
                 patch.setenv(name, "")
                 patch.delenv(name)
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent))
             from wattier.ray_backend import RayLauncher
 
             launcher = RayLauncher()
-            yield {"launcher": launcher, "home": home, "before": before}
+            yield {"launcher": launcher, "home": home}
             launcher.close()
 
     @pytest.fixture
@@ -283,14 +283,14 @@ class TestRayLauncher(LauncherContract):
         sockets = [c for p in [*processes, psutil.Process()] for c in connections(p) if c.status == psutil.CONN_LISTEN]
         assert sockets
         assert {c.laddr.ip for c in sockets} <= {"127.0.0.1", "::1"}
-        (folder,) = set(wattier_folders()) - session["before"] & set(wattier_folders())
+        (folder,) = wattier_folders()
         token = folder / "token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
         session["launcher"].close()
 
-        assert not folder.exists()
+        assert not wattier_folders()
         _, alive = psutil.wait_procs(processes, timeout=15)
         assert not alive
         written = [str(p.relative_to(session["home"])) for p in session["home"].rglob("*") if p.is_file()]
@@ -298,12 +298,9 @@ class TestRayLauncher(LauncherContract):
 
 
 def wattier_folders():
-    """Scratch folders of Ray launchers of this process."""
-    mine = os.getpid()
-    found = []
-    for pattern in ("wattier-ray-*", "wattier-tune-*"):
-        found += [p for p in Path(tempfile.gettempdir()).glob(pattern) if list(p.glob(f"session_*_{mine}"))]
-    return found
+    """Scratch folders of this process's Ray launchers."""
+    roots = {Path(tempfile.gettempdir()), Path("/tmp")}
+    return {p for root in roots for name in ("ray", "tune") for p in root.glob(f"wattier-{name}-{os.getpid()}-*")}
 
 
 def connections(process):
