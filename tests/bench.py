@@ -33,8 +33,6 @@ def main() -> None:
         store = sample_store(Path(folder) / "store")
         batch = store.batch(np.random.default_rng(SEED).choice(len(store), 32, replace=False))
         print(f"32 structures, {len(batch.numbers)} atoms, {batch.edge_index.shape[1]} edges, hidden {HIDDEN_DIM}")
-            f"batch: 32 structures, {len(batch.numbers)} atoms, {batch.edge_index.shape[1]} edges, hidden {HIDDEN_DIM}"
-        )
         edge_linear(batch)
         force_modes(store, batch)
 
