@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -214,12 +216,17 @@ def main() -> None:
     try:
         app()
     except Exception as error:  # noqa: BLE001  (the last line of defence)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"{where}the disk is full. Make room; the same command goes on from here.", err=True)
+            sys.exit(EXIT_BAD_INPUT)
         if _is_users(error):
             typer.echo(" ".join(str(error).split()), err=True)
             sys.exit(EXIT_BAD_INPUT)
-        path = Path(f"wattier-crash-{os.getpid()}.txt").absolute()
-        path.write_text(traceback.format_exc())
-        typer.echo(f"wattier failed: {type(error).__name__}: {error}. The traceback is in {path}.", err=True)
+        text, reason = traceback.format_exc(), " ".join(str(error).split())[:300]
+        with tempfile.NamedTemporaryFile("w", prefix="wattier-crash-", suffix=".txt", delete=False) as file:
+            file.write(text)
+        typer.echo(f"wattier failed: {type(error).__name__}: {reason}. The traceback is in {file.name}.", err=True)
         sys.exit(EXIT_FAILURE)
 
 

@@ -29,6 +29,7 @@ import psutil
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -55,7 +56,7 @@ from wattier_gnn.distributed import World
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # trials read the store from disk and pass only small records
 RESULT_WAIT_SECONDS = 60
-LONGEST_ROOT = 20  # characters; a Unix socket's path has at most 107, of which Ray's own names take 67
+LONGEST_ROOT = 12  # characters; a Unix socket's path has at most 107, of which our folder takes 31 and Ray's names 64
 
 
 class RayLauncher:
@@ -105,7 +106,7 @@ def _cluster(resources: ResourcesSection) -> Iterator[None]:
                 "include_dashboard": False,
                 "num_cpus": os.cpu_count(),
                 "object_store_memory": OBJECT_STORE_BYTES,
-                "_temp_dir": str(folder),
+                "_temp_dir": str(folder / "r"),  # which Ray opens to all users; the folder around it stays ours
             }
         import ray
 
@@ -118,6 +119,9 @@ def _cluster(resources: ResourcesSection) -> Iterator[None]:
                 "Give the address of a running one, or leave it out for a private one."
             ) from error
         stack.callback(ray.shutdown)
+        if not log.isEnabledFor(logging.INFO):
+            for name in ("ray.tune", "ray._private.worker"):  # a failed trial's traceback is in its error.txt
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts in one that skips our clean-up
         yield

@@ -16,8 +16,8 @@ from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.ledger import ledger_info
 from wattier.records import TrialResult
-from wattier.rundir import FULL_STAGE, RunDir, read_json
-from wattier.trial import load_member
+from wattier.rundir import FULL_STAGE, RunDir
+from wattier.trial import load_member, settings_of
 from wattier.units import format_joules
 from wattier_gnn.ensemble import MANIFEST, SCHEMA_VERSION, Ensemble, sha256_of
 from wattier_gnn.store import Store
@@ -31,22 +31,25 @@ def export_release(run: RunDir, config: RunConfig) -> Path:
     Raises:
         UserError: the run is not evaluated yet.
     """
-    if not run.evaluation_path.exists():
+    evaluation = run.evaluation()
+    if evaluation is None:
         raise UserError(f"{run.path}: is not evaluated yet. Run `wattier evaluate` first.")
-    evaluation = read_json(run.evaluation_path)
     results = {result.trial_id: result for result in run.trials(FULL_STAGE)}
     members = [results[member["trial_id"]] for member in evaluation["members"]]
     temporary = run.path / f".release.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    for member in members:
-        _write_member(temporary / member.trial_id, run, member)
-    _write_texts(temporary, run, config, evaluation)
-    manifest = _manifest(temporary, run, config, evaluation, members)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
-    Ensemble.load(temporary)
-    shutil.rmtree(run.release_path, ignore_errors=True)
-    temporary.rename(run.release_path)
+    try:
+        for member in members:
+            _write_member(temporary / member.trial_id, run, member)
+        _write_texts(temporary, run, config, evaluation, members)
+        manifest = _manifest(temporary, run, config, evaluation, members)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
+        Ensemble.load(temporary)
+        shutil.rmtree(run.release_path, ignore_errors=True)
+        temporary.rename(run.release_path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return run.release_path
 
 
@@ -57,12 +60,15 @@ def _write_member(folder: Path, run: RunDir, member: TrialResult) -> None:
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2))
 
 
-def _write_texts(folder: Path, run: RunDir, config: RunConfig, evaluation: dict[str, Any]) -> None:
+def _write_texts(
+    folder: Path, run: RunDir, config: RunConfig, evaluation: dict[str, Any], members: list[TrialResult]
+) -> None:
     """The model card in the Hugging Face format, and the example script."""
     # Markdown and Python, not HTML: escaping would spoil them.
     templates = Environment(loader=PackageLoader("wattier"), undefined=StrictUndefined, autoescape=False)
     values = {
         "config": config,
+        "conservative": all(settings_of(config, m.params)[0].forces == "conservative" for m in members),
         "evaluation": evaluation,
         "ledger": ledger_info(run),
         "format_joules": format_joules,

@@ -15,7 +15,7 @@ from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resource
 from wattier.records import Fidelity, Selection, TrialResult
 from wattier.release import export_release
 from wattier.report import write_report
-from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
+from wattier.rundir import FULL_STAGE, RunDir, write_json
 from wattier.search import run_search
 from wattier.select import select_trials
 from wattier.trial import metered, run_trial
@@ -102,10 +102,9 @@ def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
     """Evaluate the ensemble, unless these very members are evaluated already."""
     members = trained_members(run)
     names = [member.trial_id for member in members]
-    if run.evaluation_path.exists():
-        evaluation = read_json(run.evaluation_path)
-        if [member["trial_id"] for member in evaluation["members"]] == names:
-            return
+    evaluation = run.evaluation()
+    if evaluation is not None and [member["trial_id"] for member in evaluation["members"]] == names:
+        return
     listener.phase("evaluation")
     with metered(run.phase_folder("evaluation"), "driver", config.telemetry):
         evaluate_run(run, config, members, listener.say)

@@ -19,6 +19,7 @@ from wattier.errors import UserError
 from wattier.records import EpochRecord, Selection, TrialResult
 
 FULL_STAGE = "full"
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a submitted job
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ class RunDir:
         self.report_path = self.path / "report.html"
         self.release_path = self.path / "release"
         self.store_path = self.path / "data" / "store"
-        self.study_path = self.path / "optuna.log"
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
@@ -51,6 +51,11 @@ class RunDir:
             UserError: it holds a run of another config, or cannot be written.
         """
         run = cls(Path(config.run_dir))
+        if RAY_JOB_VARIABLE in os.environ and not Path(config.run_dir).is_absolute():
+            raise UserError(
+                f"run_dir: is {config.run_dir!r}, but must be an absolute path in a Ray job, which runs in a copy of "
+                "the working directory that is thrown away. Give a path that all nodes share."
+            )
         text = config.to_yaml()
         if run.config_path.exists():
             there = run.config_path.read_text(encoding="utf-8", errors="replace")
@@ -110,6 +115,16 @@ class RunDir:
         if not self.selection_path.exists():
             return None
         return decode(self.selection_path, Selection.from_dict, read_json(self.selection_path))
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What `evaluate_run` found, once it ran.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.evaluation_path.exists():
+            return None
+        return decode(self.evaluation_path, _checked_evaluation, read_json(self.evaluation_path))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -179,6 +194,14 @@ def decode(path: Path, decoder: Callable[[Any], T], data: Any) -> T:
         raise UserError(
             f"{path}: holds no record of this version ({error!r}). Restore the file, or remove it."
         ) from error
+
+
+def _checked_evaluation(data: Any) -> dict[str, Any]:
+    """An evaluation that has all of its parts; raises as `decode` expects."""
+    evaluation: dict[str, Any] = {key: data[key] for key in ("members", "sources", "calibration", "parity")} | data
+    if not all(member["trial_id"] for member in evaluation["members"]):
+        raise ValueError("a member without a trial_id")
+    return evaluation
 
 
 def append_json_line(path: Path, data: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from wattier.ledger import LedgerInfo, StatusEnergy, ledger_info, stages_in_order, trial_folders
 from wattier.records import EpochRecord, Selection, TrialResult
-from wattier.rundir import FULL_STAGE, RunDir, read_json
+from wattier.rundir import FULL_STAGE, RunDir
 from wattier.select import compare, split_candidates
 from wattier_telemetry import bill
 
@@ -193,9 +193,9 @@ def evaluation_info(run: RunDir) -> EvaluationInfo | None:
     Raises:
         UserError: the file is damaged.
     """
-    if not run.evaluation_path.exists():
+    data = run.evaluation()
+    if data is None:
         return None
-    data = read_json(run.evaluation_path)
     return EvaluationInfo(
         members=tuple(data.get("members") or ()),
         sources=data.get("sources") or {},

@@ -171,17 +171,17 @@ class TestConfigVerbs:
 class TestRefusals:
     def test_typo(self, refused, tmp_path):
         text = (REPOSITORY / "configs/quickstart.yaml").read_text()
-        (tmp_path / "quickstart.yaml").write_text(text.replace("structures: 500, epochs:", "structures: 500, epoch:"))
+        (tmp_path / "quickstart.yaml").write_text(text.replace("epochs:", "epoch:", 1))
         line = "quickstart.yaml: search.stages[0]: unknown key 'epoch'. Did you mean 'epochs'?"
         assert refused("run", "quickstart.yaml") == line
         assert not (tmp_path / "runs").exists()
 
-    @pytest.mark.parametrize("verb", ["run", "status", "report"])
+    @pytest.mark.parametrize("verb", ["run", "status"])
     def test_no_such_file(self, refused, tmp_path, verb):
         assert refused(verb, "nowhere.yaml").startswith("nowhere.yaml: cannot be read")
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("verb", ["run", "status", "export"])
+    @pytest.mark.parametrize("verb", ["run", "status"])
     def test_folder_that_is_no_run(self, refused, tmp_path, verb):
         (tmp_path / "folder").mkdir()
         assert "folder: is no run directory" in refused(verb, "folder")
@@ -199,11 +199,10 @@ class TestRefusals:
         assert "on_bad: skip" in message
         assert not in_run(tmp_path)
 
-    @pytest.mark.parametrize("launcher", ["inline", "ray"])
-    def test_no_data(self, refused, config, tmp_path, launcher):
+    def test_no_data(self, refused, config, tmp_path):
         (tmp_path / "empty").mkdir()
         for path in ("empty", "nowhere"):
-            message = refused("run", config(launcher=launcher, data={"sources": {"qm7x": path}}, run_dir=f"run-{path}"))
+            message = refused("run", config(launcher="ray", data={"sources": {"qm7x": path}}, run_dir=f"run-{path}"))
             assert path in message
         assert not in_run(tmp_path)
 
@@ -216,14 +215,11 @@ class TestRefusals:
         ("source", "what"),
         [
             ("nvlm", "power source is 'nvlm'"),
-            ("nvml", "nvml"),
             ("replay:nowhere.csv", "nowhere.csv: cannot be read"),
             ("replay:bad.csv", "bad.csv: line 2: power_watts is 'much'"),
         ],
     )
     def test_telemetry(self, refused, config, tmp_path, source, what):
-        if source == "nvml" and Path("/dev/nvidiactl").exists():
-            pytest.skip("NVML works here")
         (tmp_path / "bad.csv").write_text("time_seconds,device,power_watts\n0,gpu,much\n")
         assert what.lower() in refused("run", config(telemetry={"source": source})).lower()
         assert not in_run(tmp_path)
@@ -262,41 +258,37 @@ def halve(path):
 
 
 class TestDamagedRun:
-    @pytest.mark.parametrize("verb", ["run", "status", "select", "report", "export"])
+    @pytest.mark.parametrize("verb", ["run", "status"])
     def test_config(self, refused, damaged, verb):
         damaged.config_path.write_bytes(b"\xff\xfename: x")
         assert "config.yaml: is not UTF-8 text" in refused(verb, "run")
 
-    @pytest.mark.parametrize("verb", ["run", "status", "select", "report", "export"])
-    @pytest.mark.parametrize("line", ["garbage", "{}"])
+    @pytest.mark.parametrize(("verb", "line"), [("run", "garbage"), ("status", "[]"), ("export", "{}")])
     def test_trials(self, refused, damaged, verb, line):
         damaged.trials_path.write_text(line + "\n" + damaged.trials_path.read_text())
         assert "trials.jsonl: " in refused(verb, "run")
 
-    @pytest.mark.parametrize("verb", ["train", "evaluate", "report", "status", "export"])
-    @pytest.mark.parametrize("text", ["{", "{}"])
+    @pytest.mark.parametrize(("verb", "text"), [("train", "{"), ("evaluate", "{}"), ("report", "[]"), ("status", "{")])
     def test_selection(self, refused, damaged, verb, text):
         damaged.selection_path.write_text(text)
         assert "selection.json: " in refused(verb, "run")
 
-    @pytest.mark.parametrize("verb", ["run", "report", "export"])
-    @pytest.mark.parametrize("text", ["{", "{}", "[]"])
+    @pytest.mark.parametrize(("verb", "text"), [("run", "{"), ("run", "[]"), ("report", "{}"), ("export", "{}")])
     def test_evaluation(self, refused, damaged, verb, text):
         damaged.evaluation_path.write_text(text)
         assert "evaluation.json: " in refused(verb, "run")
 
     def test_store(self, refused, damaged):
         damaged.evaluation_path.unlink()
-        for name in ("positions.npy", "meta.json"):
-            halve(damaged.store_path / name)
-            assert "not a readable store" in refused("run", "run")
+        halve(damaged.store_path / "positions.npy")
+        assert "not a readable store" in refused("run", "run")
 
     def test_best_weights(self, refused, damaged):
         member = damaged.selection().picked[0]
         halve(damaged.trial_folder("full", member) / "best.pt")
-        for verb in ("evaluate", "export"):
-            damaged.evaluation_path.unlink() if verb == "evaluate" else None
-            assert "best.pt: not a readable checkpoint" in refused(verb, "run") or verb == "export"
+        assert "best.pt: not a readable checkpoint" in refused("export", "run")
+        damaged.evaluation_path.unlink()
+        assert "best.pt: not a readable checkpoint" in refused("evaluate", "run")
 
     def test_last_weights_fail_the_trial_and_say_which_file(self, damaged, wattier):
         rows = [json.loads(line) for line in damaged.trials_path.read_text().splitlines()]

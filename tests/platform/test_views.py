@@ -151,7 +151,9 @@ def test_evaluation_is_none_until_it_is_there_and_nulls_stay_null(searched_run, 
 
 
 def test_an_evaluation_with_nulls_for_parts_is_read(empty_run):
-    empty_run.evaluation_path.write_text(json.dumps({"members": None, "calibration": {"energy": None}}))
+    empty_run.evaluation_path.write_text(
+        json.dumps({"members": [], "sources": {}, "calibration": {"energy": None}, "parity": {}})
+    )
     info = evaluation_info(empty_run)
     assert (info.members, info.sources, info.calibration, info.parity) == ((), {}, {}, {})
     empty_run.evaluation_path.write_text("{")
