@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -20,14 +18,15 @@ from pydantic import (
     model_validator,
 )
 
+from wattier.config_errors import explain
 from wattier.errors import UserError, did_you_mean
+from wattier.strict_yaml import read_yaml
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 SourceName = Literal["ani1x", "qm7x", "oc20", "oc22", "mptrj", "extxyz"]
-MAX_CONFIG_BYTES = 1_000_000
 
 
 class Section(BaseModel):
@@ -88,7 +87,7 @@ class TrainingSection(Section):
 
 
 class RangeParameter(Section):
-    """Numbers from low to high, both included; integers if low and high are."""
+    """Numbers from low to high, both included: whole ones where the parameter is a whole number."""
 
     low: int | float
     high: int | float
@@ -109,8 +108,6 @@ class RangeParameter(Section):
 
 
 def _refuse_uneven_step(low: float, high: float, step: float) -> None:
-    if all(isinstance(bound, int) for bound in (low, high)) and not float(step).is_integer():
-        raise ValueError(f"step is {step}, but must be a whole number, as low and high are")
     steps = (high - low) / step
     if steps < 0.5 or not math.isclose(steps, round(steps), rel_tol=1e-9):
         raise ValueError(f"step is {step}, but must lead from low, {low}, to high, {high}, in whole steps")
@@ -131,7 +128,6 @@ Parameter = Annotated[
     Annotated[RangeParameter, Tag("RangeParameter")] | Annotated[ChoiceParameter, Tag("ChoiceParameter")],
     Discriminator(_parameter_kind),
 ]
-PARAMETER_KINDS = ("RangeParameter", "ChoiceParameter")
 
 
 class StageSection(Section):
@@ -191,9 +187,20 @@ class SearchSection(Section):
         return self
 
 
+def field_type(name: str) -> Any:
+    """The type of a parameter that can be searched: int, float or a literal."""
+    return {**ModelSection.model_fields, **TrainingSection.model_fields}[name].annotation
+
+
 def _refuse_forbidden_values(name: str, parameter: RangeParameter | ChoiceParameter) -> None:
     """What a trial could not be built from is refused before any trial starts."""
     values = parameter.choices if isinstance(parameter, ChoiceParameter) else [parameter.low, parameter.high]
+    if (
+        field_type(name) is int
+        and isinstance(parameter, RangeParameter)
+        and not float(parameter.step or 1).is_integer()
+    ):
+        raise ValueError(f"step of {name} is {parameter.step}, but must be a whole number, as {name} is")
     section = ModelSection if name in ModelSection.model_fields else TrainingSection
     for value in values:
         try:
@@ -229,7 +236,7 @@ class FullTrainingSection(Section):
 
 
 class ResourcesSection(Section):
-    """What one rank of a trial gets. gpus_per_rank: at most 1; null = one GPU where there is one, else none.
+    """What one rank of a trial gets. gpus_per_rank: at most 1; null = one GPU, or equal parts where there are fewer.
     address: of a running Ray cluster, or null for a private one on this machine."""
 
     cpus_per_rank: Positive = 1
@@ -309,115 +316,8 @@ def load_sizes(path: Path) -> SizesConfig:
 
 
 def _load(path: Path, kind: type[SectionT]) -> SectionT:
-    data = _read_yaml(path)
+    data = read_yaml(path)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(path, kind, error)) from error
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder, but must be a YAML file. Give the path of the config.")
-        if size > MAX_CONFIG_BYTES:
-            raise UserError(f"{path}: is {size} bytes, but a config must be under {MAX_CONFIG_BYTES}. Is it a config?")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML config.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text. Give the path of a YAML config.") from error
-    try:
-        data = yaml.load(text, Loader=_StrictLoader)
-    except Exception as error:  # PyYAML raises YAMLError, RecursionError, ValueError, KeyError ... by content
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: is not valid YAML ({reason}). Mend that line.") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: is {_kind(data)}, but must be a mapping with keys such as name, data, search.")
-    return data
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML 1.2 and everybody expects; refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.YAMLError(f"key {key!r} is given twice, line {key_node.start_mark.line + 1}")
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-
-
-def _explain(path: Path, kind: type[Section], error: ValidationError) -> str:
-    """The first problem, as ``file: search.stages[0]: unknown key 'epoch'. Did you mean 'epochs'?``."""
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] in ("extra_forbidden", "invalid_key")), problems[0])
-    location = [part for part in problem["loc"] if part not in (*PARAMETER_KINDS, "[key]")]
-    more = f" ({len(problems) - 1} more problems follow.)" if len(problems) > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        *parents, key = location
-        known = _known_keys(kind, list(problem["loc"][:-1]))
-        return f"{path.name}: {_dotted(parents)}unknown key {key!r}.{did_you_mean(str(key), known)}" + (
-            "" if did_you_mean(str(key), known) else f" Known are {', '.join(known)}." if known else ""
-        )
-    where = _dotted(location)
-    if problem["type"] == "invalid_key":
-        return f"{path.name}: {_dotted(location[:-1])}key {_kind(problem['input'])} is no text. Quote it, or remove it."
-    if problem["type"] == "missing":
-        return f"{path.name}: {where}is missing, but must be given. Add it."
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
-    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)
-    given = "" if problem["type"] == "value_error" else f"is {_kind(problem['input'])}, but "
-    return f"{path.name}: {where}{given}{message}{'' if message.endswith('?') else '.'}{more}"
-
-
-def _known_keys(kind: type[BaseModel], location: list[Any]) -> list[str]:
-    """Field names of the section at a location."""
-    schema = kind.model_json_schema()
-    node: Any = schema
-    for part in location:
-        node = _resolve(schema, node)
-        if part in PARAMETER_KINDS:
-            node = schema["$defs"][part]
-        elif isinstance(part, int):
-            node = node.get("items", {})
-        else:
-            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
-        if not isinstance(node, dict):
-            return []
-    return list(_resolve(schema, node).get("properties", {}))
-
-
-def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    reference = node.get("$ref")
-    resolved: dict[str, Any] = schema["$defs"][reference.rsplit("/", 1)[1]] if reference else node
-    return resolved
-
-
-def _dotted(location: list[Any]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return f"{text}: " if text else ""
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty"
-    if isinstance(value, int) and value.bit_length() > 256:
-        return "a number of more than 77 digits"
-    text = _shortly.repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-_shortly = reprlib.Repr()  # nested aliases can make a small file's repr fill the memory
-_shortly.maxlevel, _shortly.maxstring, _shortly.maxother = 2, 60, 60
+        raise UserError(explain(path, kind, error)) from error

@@ -59,12 +59,13 @@ class RunDir:
         text = config.to_yaml()
         if run.config_path.exists():
             there = run.config_path.read_text(encoding="utf-8", errors="replace")
-            if there != text:
+            if there != text and run.has_begun():
                 raise UserError(
                     f"{run.path}: holds a run of another config{_first_difference(there, text)}. "
                     "Set another run_dir, or remove the folder to start over."
                 )
-            return run
+            if there == text:
+                return run
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             write_text(run.config_path, text)
@@ -83,6 +84,10 @@ class RunDir:
         if not run.config_path.is_file():
             raise UserError(f"{path}: is no run directory (it has no config.yaml). Give one that `wattier run` made.")
         return run
+
+    def has_begun(self) -> bool:
+        """Whether anything was made from the config; until then a mended config may replace it."""
+        return self.store_path.exists() or self.trials_path.exists() or (self.path / "trials").exists()
 
     def config(self) -> RunConfig:
         """The config that the run was made with."""

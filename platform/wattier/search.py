@@ -18,7 +18,7 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from wattier.config import ChoiceParameter, RangeParameter, RunConfig, SearchSection, StageSection
+from wattier.config import ChoiceParameter, RangeParameter, RunConfig, SearchSection, StageSection, field_type
 from wattier.launch import Launcher, Policy, Stage
 from wattier.pareto import hypervolume_contributions, non_dominated_ranks
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, TrialResult
@@ -31,7 +31,7 @@ N_STARTUP_TRIALS = 4
 
 def distributions(space: dict[str, RangeParameter | ChoiceParameter]) -> dict[str, BaseDistribution]:
     """The search space in Optuna's words."""
-    return {name: _distribution(parameter) for name, parameter in space.items()}
+    return {name: _distribution(name, parameter) for name, parameter in space.items()}
 
 
 class Halving:
@@ -246,10 +246,10 @@ def _sampler(search: SearchSection, seed: int) -> BaseSampler:
     return TPESampler(seed=seed, n_startup_trials=N_STARTUP_TRIALS)
 
 
-def _distribution(parameter: RangeParameter | ChoiceParameter) -> BaseDistribution:
+def _distribution(name: str, parameter: RangeParameter | ChoiceParameter) -> BaseDistribution:
     if isinstance(parameter, ChoiceParameter):
         return CategoricalDistribution(parameter.choices)
-    if isinstance(parameter.low, int) and isinstance(parameter.high, int):
+    if field_type(name) is int:
         step = int(parameter.step or 1)
-        return IntDistribution(parameter.low, parameter.high, log=parameter.log, step=step)
+        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log, step=step)
     return FloatDistribution(parameter.low, parameter.high, log=parameter.log, step=parameter.step)

@@ -111,7 +111,7 @@ def test_wrong_values_are_refused_with_their_place(refusal, path, value, where):
         ("hidden_dim", {}, "search.space.hidden_dim.low: is missing"),
         ("hidden_dim", 5, "search.space.hidden_dim: is 5, but should be a mapping"),
         ("hidden_dim", {"low": 8, "high": 80, "step": -8}, "search.space.hidden_dim.step: is -8"),
-        ("hidden_dim", {"low": 8, "high": 80, "step": 0.5}, "search.space.hidden_dim: step is 0.5"),
+        ("hidden_dim", {"low": 8, "high": 80, "step": 0.5}, "search.space: step of hidden_dim is 0.5"),
         ("hidden_dim", {"low": 8, "high": 80, "step": 7}, "search.space.hidden_dim: step is 7"),
         ("hidden_dim", {"low": 8, "high": 80, "step": 800}, "search.space.hidden_dim: step is 800"),
         ("learning_rate", {"low": 0, "high": 1.0, "log": True}, "search.space.learning_rate: low is 0"),

@@ -134,14 +134,21 @@ def test_a_second_driver_is_kept_out_until_the_first_dies(empty_run):
 def test_another_config_in_the_same_folder_is_refused_with_the_first_difference(empty_run):
     config = empty_run.config()
     assert RunDir.create(config).path == empty_run.path
+    empty_run.trial_folder("wide", "wide-000").mkdir(parents=True)
     other = config.model_copy(update={"seed": 7})
     with pytest.raises(UserError, match=r"holds a run of another config \(there: 'seed: 0', here: 'seed: 7'\)"):
         RunDir.create(other)
 
 
+def test_a_config_that_made_nothing_yet_may_be_mended(empty_run):
+    other = empty_run.config().model_copy(update={"seed": 7})
+    assert RunDir.create(other).config().seed == 7
+
+
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"name: demo\n"])
 def test_a_damaged_config_in_the_folder_is_refused(empty_run, damage):
     config = empty_run.config()
+    empty_run.trial_folder("wide", "wide-000").mkdir(parents=True)
     empty_run.config_path.write_bytes(damage)
     with pytest.raises(UserError, match=r"holds a run of another config \(there: "):
         RunDir.create(config)
