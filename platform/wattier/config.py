@@ -195,12 +195,9 @@ def field_type(name: str) -> Any:
 def _refuse_forbidden_values(name: str, parameter: RangeParameter | ChoiceParameter) -> None:
     """What a trial could not be built from is refused before any trial starts."""
     values = parameter.choices if isinstance(parameter, ChoiceParameter) else [parameter.low, parameter.high]
-    if (
-        field_type(name) is int
-        and isinstance(parameter, RangeParameter)
-        and not float(parameter.step or 1).is_integer()
-    ):
-        raise ValueError(f"step of {name} is {parameter.step}, but must be a whole number, as {name} is")
+    step = parameter.step if isinstance(parameter, RangeParameter) else None
+    if field_type(name) is int and not float(step or 1).is_integer():
+        raise ValueError(f"step of {name} is {step}, but must be a whole number, as {name} is")
     section = ModelSection if name in ModelSection.model_fields else TrainingSection
     for value in values:
         try:
