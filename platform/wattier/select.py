@@ -197,9 +197,11 @@ def _pick(standing: Standing, best: Standing, field: Field) -> Pick:
             f"{loss}, {_above(standing.val_loss, best.val_loss)} the best, for {joules}, "
             f"{joules_ratio} of the joules of the most accurate"
         )
-    text += (
-        f"; front {standing.rank}, where it alone adds {format_ratio(standing.contribution_ratio)} of the hypervolume"
-    )
+    if standing.rank == 0:
+        lost = format_ratio(standing.contribution_ratio)
+        text += f"; on the Pareto front, which loses {lost} of its hypervolume without it"
+    else:
+        text += f"; on front {standing.rank + 1}: only trials of the fronts before beat it in both"
     coverage = standing.trial.energy.coverage_ratio
     if coverage < 0.9:
         text += f" (its energy was measured during {format_ratio(coverage)} of the time only)"

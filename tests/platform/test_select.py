@@ -47,14 +47,16 @@ def test_accurate_is_the_lowest_loss_and_balanced_follows_the_fronts(curve):
 
 def test_numbers_of_the_reasons(curve):
     selection = select(curve, balanced=3)
-    assert reason(selection, "a").startswith("validation loss 0.1, the lowest of 5 candidates, for 1.00 kJ; front 0")
+    assert reason(selection, "a").startswith(
+        "validation loss 0.1, the lowest of 5 candidates, for 1.00 kJ; on the Pareto front"
+    )
     text = reason(selection, "b")
     assert "validation loss 0.12, 20 % above the best, for 400 J, 40 % of the joules of the most accurate" in text
-    assert "front 1" in reason(selection, "d")
+    assert "on front 2" in reason(selection, "d")
     # Scaled to ranges, the front is (0, 1), (.1, 1/3), (.5, 0); the corner (1.1, 1.1).
     total = 0.1 * 0.1 + 0.4 * (1.1 - 1 / 3) + 0.6 * 1.1
     alone = 0.4 * (1 - 1 / 3)
-    assert f"adds {format_ratio(alone / total)} of the hypervolume" in text
+    assert f"loses {format_ratio(alone / total)} of its hypervolume" in text
 
 
 def test_the_reference_point_and_hypervolume_are_in_the_objectives_units(curve):
