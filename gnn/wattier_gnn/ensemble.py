@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 
 from wattier_gnn.batch import Batch
 from wattier_gnn.model import FoundationModel, ModelConfig, source_index_of
 from wattier_gnn.reference import MAX_ATOMIC_NUMBER, composition
-from wattier_gnn.store import structures_to_arrays
+from wattier_gnn.store import join, structures_to_arrays
 from wattier_gnn.structure import DataError, Structure
 
 SCHEMA_VERSION = 1
@@ -84,7 +83,8 @@ class Ensemble:
                 f"atomic number {int(unknown[0])} does not occur in the {source} training data, but all must. "
                 f"Use another source than {source!r} or another release."
             )
-        return self.predict_batch(_batch_of(arrays, n_atoms), counts @ self.references_ev[index])
+        batch = join(arrays, np.arange(len(structures)), np.zeros(len(structures)))
+        return self.predict_batch(batch, counts @ self.references_ev[index])
 
     @classmethod
     def load(cls, folder: Path) -> Ensemble:
@@ -156,25 +156,3 @@ def _of_source(structure: Structure, source: str) -> Structure:
         structure.numbers, structure.positions_angstrom, structure.cell_angstrom, structure.pbc, structure.energy_ev,
         structure.forces_ev_per_angstrom, source, structure.group, structure.key,
     )  # fmt: skip
-
-
-def _batch_of(arrays: dict[str, Any], n_atoms: Any) -> Batch:
-    """All structures of `structures_to_arrays` in one batch, labels zero."""
-    dtype = torch.get_default_dtype()
-    structure_index = np.repeat(np.arange(len(n_atoms)), n_atoms)
-    edge_structure = np.repeat(np.arange(len(n_atoms)), np.diff(arrays["edge_offset"]))
-    shift = np.einsum("ea,eax->ex", arrays["edge_shift"].astype(float), arrays["cells"][edge_structure])
-    edge_index = arrays["edge_index"].astype(np.int64) + arrays["atom_offset"][edge_structure]
-    total = int(n_atoms.sum())
-    return Batch(
-        numbers=torch.from_numpy(arrays["numbers"].astype(np.int64)),
-        positions=torch.from_numpy(arrays["positions"]).to(dtype),
-        edge_index=torch.from_numpy(edge_index),
-        edge_shift=torch.from_numpy(shift).to(dtype),
-        structure_index=torch.from_numpy(structure_index),
-        source_index=torch.from_numpy(arrays["source_index"].astype(np.int64)),
-        n_atoms=torch.from_numpy(n_atoms),
-        energy=torch.zeros(len(n_atoms), dtype=dtype),
-        forces=torch.zeros(total, 3, dtype=dtype),
-        force_mask=torch.zeros(total, dtype=torch.bool),
-    )

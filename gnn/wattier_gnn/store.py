@@ -52,14 +52,13 @@ class Store:
                 f"{folder}: store version is {version}, but must be {FORMAT_VERSION}. "
                 "Remove the folder and prepare the data again."
             )
-        self.numbers, self.positions = arrays["numbers"], arrays["positions"]
+        for name in ("atom_offset", "edge_offset", "source_index", "split", "references"):
+            arrays[name] = np.array(arrays[name])  # small and asked for in every batch: kept in memory
+        self._arrays = arrays
+        self.numbers, self.positions, self.energy = arrays["numbers"], arrays["positions"], arrays["energy"]
         self.forces, self.force_mask = arrays["forces"], arrays["force_mask"]
-        self.cells, self.pbc, self.energy = arrays["cells"], arrays["pbc"], arrays["energy"]
-        self.edge_index, self.edge_shift = arrays["edge_index"], arrays["edge_shift"]
-        # Small and asked for in every batch: kept in memory.
-        self.atom_offset, self.edge_offset = np.array(arrays["atom_offset"]), np.array(arrays["edge_offset"])
-        self.source_index, self.split = np.array(arrays["source_index"]), np.array(arrays["split"])
-        self.references = np.array(arrays["references"])
+        self.atom_offset, self.edge_offset = arrays["atom_offset"], arrays["edge_offset"]
+        self.source_index, self.split, self.references = arrays["source_index"], arrays["split"], arrays["references"]
         self.n_atoms = np.diff(self.atom_offset)
 
     def __len__(self) -> int:
@@ -82,28 +81,32 @@ class Store:
 
     def batch(self, indices: Any) -> Batch:
         """Join the structures at `indices` (int64 [B]) into one batch."""
-        indices = np.asarray(indices)
-        atoms, structure_of_atom = ragged(self.atom_offset, indices)
-        edges, structure_of_edge = ragged(self.edge_offset, indices)
-        n_atoms = self.n_atoms[indices]
-        first_atom = np.cumsum(n_atoms) - n_atoms
-        edge_index = self.edge_index[:, edges].astype(np.int64) + first_atom[structure_of_edge]
-        cells = np.asarray(self.cells[indices])[structure_of_edge]
-        shift = np.einsum("ea,eax->ex", self.edge_shift[edges].astype(np.float64), cells)
-        aligned = self.energy[indices] - self.baseline_ev(indices)
-        dtype = torch.get_default_dtype()
-        return Batch(
-            numbers=torch.from_numpy(self.numbers[atoms].astype(np.int64)),
-            positions=torch.from_numpy(self.positions[atoms]).to(dtype),
-            edge_index=torch.from_numpy(edge_index),
-            edge_shift=torch.from_numpy(shift).to(dtype),
-            structure_index=torch.from_numpy(structure_of_atom),
-            source_index=torch.from_numpy(self.source_index[indices].astype(np.int64)),
-            n_atoms=torch.from_numpy(n_atoms),
-            energy=torch.from_numpy(aligned).to(dtype),
-            forces=torch.from_numpy(self.forces[atoms]).to(dtype),
-            force_mask=torch.from_numpy(self.force_mask[atoms]),
-        )
+        return join(self._arrays, indices, self.energy[indices] - self.baseline_ev(indices))
+
+
+def join(arrays: Mapping[str, Any], indices: Any, energy_ev: Any) -> Batch:
+    """One batch of the structures at `indices` (int64 [B]) of `structures_to_arrays`; energy_ev [B] to be learned."""
+    indices = np.asarray(indices)
+    atoms, structure_of_atom = ragged(arrays["atom_offset"], indices)
+    edges, structure_of_edge = ragged(arrays["edge_offset"], indices)
+    n_atoms = arrays["atom_offset"][indices + 1] - arrays["atom_offset"][indices]
+    first_atom = np.cumsum(n_atoms) - n_atoms
+    edge_index = arrays["edge_index"][:, edges].astype(np.int64) + first_atom[structure_of_edge]
+    cells = np.asarray(arrays["cells"][indices])[structure_of_edge]
+    shift = np.einsum("ea,eax->ex", arrays["edge_shift"][edges].astype(np.float64), cells)
+    dtype = torch.get_default_dtype()
+    return Batch(
+        numbers=torch.from_numpy(arrays["numbers"][atoms].astype(np.int64)),
+        positions=torch.from_numpy(arrays["positions"][atoms]).to(dtype),
+        edge_index=torch.from_numpy(edge_index),
+        edge_shift=torch.from_numpy(shift).to(dtype),
+        structure_index=torch.from_numpy(structure_of_atom),
+        source_index=torch.from_numpy(arrays["source_index"][indices].astype(np.int64)),
+        n_atoms=torch.from_numpy(n_atoms),
+        energy=torch.from_numpy(energy_ev).to(dtype),
+        forces=torch.from_numpy(arrays["forces"][atoms]).to(dtype),
+        force_mask=torch.from_numpy(arrays["force_mask"][atoms]),
+    )
 
 
 def ragged(offset: Any, indices: Any) -> tuple[Any, Any]:

@@ -166,59 +166,8 @@ def _bundle(resources: ResourcesSection, ranks: int) -> dict[str, float]:
 
 def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
     from ray import tune
-    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-    from ray.tune.search import Searcher
 
     driver = _Driver(stage, policy, on_result)
-
-    class PolicySearcher(Searcher):
-        """Asks the policy; whatever Tune pickles of it is empty."""
-
-        def suggest(self, trial_id: str) -> dict[str, Any] | Any:
-            proposal = policy.propose()
-            if proposal is None:
-                return Searcher.FINISHED
-            spec = stage.open_trial(proposal)
-            driver.started[trial_id] = proposal
-            return {"spec": spec}
-
-        def on_trial_complete(
-            self,
-            trial_id: str,
-            result: dict[str, Any] | None = None,  # noqa: ARG002
-            error: bool = False,
-        ) -> None:
-            driver.ended(trial_id, "the trial's process died" if error else None)
-
-        def save(self, checkpoint_path: str) -> None:
-            """Nothing: the run directory is the state."""
-
-        def restore(self, checkpoint_path: str) -> None:
-            """Nothing: the run directory is the state."""
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (Searcher, ())
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> PolicySearcher:
-            return self  # Tune works on a copy of what it is given
-
-    class PolicyScheduler(FIFOScheduler):
-        """Asks the policy after each epoch whether a trial goes on."""
-
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
-            driver.collect()
-            if "record_json" not in result:
-                return str(TrialScheduler.CONTINUE)
-            record = EpochRecord.from_dict(json.loads(result["record_json"]))
-            go_on = policy.on_epoch(driver.started[trial.trial_id].trial_id, record)
-            return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (FIFOScheduler, ())
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> PolicyScheduler:
-            return self  # Tune works on a copy of what it is given
-
     resources = stage.config.resources
     bundles = [_bundle(resources, stage.fidelity.ranks)] * stage.fidelity.ranks
     scratch = _scratch_folder("wattier-tune")
@@ -230,8 +179,8 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
             ),
             tune_config=tune.TuneConfig(
                 num_samples=-1,
-                search_alg=PolicySearcher(),
-                scheduler=PolicyScheduler(),  # type: ignore[no-untyped-call]
+                search_alg=_searcher(driver),
+                scheduler=_scheduler(driver),
                 reuse_actors=True,
                 max_concurrent_trials=stage.config.search.max_concurrent,
             ),
@@ -280,6 +229,63 @@ class _Driver:
 
 def _last_line(path: Path) -> str | None:
     return path.read_text().strip().splitlines()[-1] if path.exists() else None
+
+
+def _searcher(driver: _Driver) -> Any:
+    """What Tune asks for the next trial. What Tune pickles of it is empty, and its copies are itself."""
+    from ray.tune.search import Searcher
+
+    class PolicySearcher(Searcher):
+        def suggest(self, trial_id: str) -> dict[str, Any] | Any:
+            proposal = driver.policy.propose()
+            if proposal is None:
+                return Searcher.FINISHED
+            driver.started[trial_id] = proposal
+            return {"spec": driver.stage.open_trial(proposal)}
+
+        def on_trial_complete(
+            self,
+            trial_id: str,
+            result: dict[str, Any] | None = None,  # noqa: ARG002
+            error: bool = False,
+        ) -> None:
+            driver.ended(trial_id, "the trial's process died" if error else None)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: the run directory is the state."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing: the run directory is the state."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Searcher, ())
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> PolicySearcher:
+            return self
+
+    return PolicySearcher()
+
+
+def _scheduler(driver: _Driver) -> Any:
+    """What Tune asks after each epoch whether a trial goes on; pickled and copied as the searcher is."""
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+    class PolicyScheduler(FIFOScheduler):
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
+            driver.collect()
+            if "record_json" not in result:
+                return str(TrialScheduler.CONTINUE)
+            record = EpochRecord.from_dict(json.loads(result["record_json"]))
+            go_on = driver.policy.on_epoch(driver.started[trial.trial_id].trial_id, record)
+            return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (FIFOScheduler, ())
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> PolicyScheduler:
+            return self
+
+    return PolicyScheduler()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

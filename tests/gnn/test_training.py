@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -273,12 +274,11 @@ def test_errors_are_summed_by_source_in_closed_form(emt_store: Store) -> None:
 
 
 def test_forces_that_are_unknown_do_not_count(emt_store: Store) -> None:
-    blind = copy.copy(emt_store)
-    blind.force_mask = np.zeros_like(emt_store.force_mask)
-    batch = blind.batch(np.array([0, 1]))
+    batch = emt_store.batch(np.array([0, 1]))
+    batch = dataclasses.replace(batch, force_mask=torch.zeros_like(batch.force_mask))
     prediction = Prediction(batch.energy, batch.forces + 7.0)
     assert float(loss_terms(prediction, batch, torch.ones(3), 1.0, 1.0)[1]) == 0.0
-    metrics = metrics_by_source(error_sums(prediction, batch, 3), blind.sources)
+    metrics = metrics_by_source(error_sums(prediction, batch, 3), emt_store.sources)
     assert math.isnan(metrics["cluster"]["force_mae_ev_per_angstrom"])
     assert weighted_loss(metrics, {"cluster": 1.0}, 1.0, 1.0) == 0.0
 
