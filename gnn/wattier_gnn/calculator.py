@@ -20,8 +20,8 @@ class WattierCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         release: folder that ``wattier export`` made; every file's hash is checked.
         source: whose level of theory to predict at, such as ``mptrj`` (see ``Ensemble.sources``).
 
-    Results: energy, free_energy, forces, energy_std, forces_std, and each member's energies and forces as
-    energies_comm [M] and forces_comm [M, N, 3].
+    Results: energy, free_energy, forces, each member's energies and forces as energies_comm [M] and forces_comm
+    [M, N, 3], and, where there are several members, energy_std and forces_std.
 
     Raises:
         DataError: the release is damaged or newer than this version.
@@ -48,11 +48,12 @@ class WattierCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
             "energy": energy,
             "free_energy": energy,
             "forces": prediction.forces_ev_per_angstrom,
-            "energy_std": float(prediction.energy_std_ev[0]),
-            "forces_std": prediction.forces_std_ev_per_angstrom,
             "energies_comm": prediction.member_energies_ev[:, 0],
             "forces_comm": prediction.member_forces_ev_per_angstrom,
         }
+        if len(self.ensemble.members) > 1:  # one member cannot say how sure it is
+            self.results["energy_std"] = float(prediction.energy_std_ev[0])
+            self.results["forces_std"] = prediction.forces_std_ev_per_angstrom
 
 
 def structure_of(atoms: Atoms) -> Structure:

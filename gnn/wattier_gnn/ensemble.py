@@ -27,7 +27,7 @@ class EnsemblePrediction:
     """B structures, N atoms in all, M members. Energies are totals: the composition reference is added back."""
 
     energy_ev: Any  # float64 [B]
-    energy_std_ev: Any  # float64 [B], calibrated
+    energy_std_ev: Any  # float64 [B], calibrated; NaN where there is one member only
     forces_ev_per_angstrom: Any  # float64 [N, 3]
     forces_std_ev_per_angstrom: Any  # float64 [N, 3], calibrated
     member_energies_ev: Any  # float64 [M, B]
@@ -53,6 +53,7 @@ class Ensemble:
 
     def predict_batch(self, batch: Batch, baseline_ev: Any) -> EnsemblePrediction:
         """Predict one batch; baseline_ev [B] is the composition reference of each structure."""
+        batch = batch.to(next(self.members[0].parameters()).device)
         predictions = [member.eval()(batch) for member in self.members]
         energies = np.stack([p.energy.detach().double().cpu().numpy() for p in predictions]) + baseline_ev
         forces = np.stack([p.forces.detach().double().cpu().numpy() for p in predictions])
@@ -69,9 +70,14 @@ class Ensemble:
         """Predict structures as if they came from `source` (its level of theory, its energy zero).
 
         Raises:
-            ValueError: no head for that source.
-            DataError: an element the source's training data did not hold.
+            ValueError: no head for that source, or no structure.
+            DataError: an element the source's training data did not hold, or a position that is no number.
         """
+        if not structures:
+            raise ValueError("structures is empty, but must hold at least one structure")
+        for structure in structures:
+            if not np.isfinite(structure.positions_angstrom).all():
+                raise DataError("a position is NaN or infinite, but must be a number of Angstrom. Mend the structure.")
         index = source_index_of(self.sources, source)
         relabelled = [_of_source(s, source) for s in structures]
         arrays = structures_to_arrays(relabelled, self.sources, self.members[0].config.cutoff_angstrom)
@@ -103,8 +109,8 @@ class Ensemble:
 
 
 def spread(values: Any) -> Any:
-    """Standard deviation over members [M, ...] with M - 1; zero for one member."""
-    return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
+    """Standard deviation over members [M, ...] with M - 1; NaN, which is unknown, for one member."""
+    return values.std(axis=0, ddof=1) if len(values) > 1 else np.full_like(values[0], np.nan)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

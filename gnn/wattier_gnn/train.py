@@ -31,6 +31,8 @@ class TrainConfig:
 
     early_stop_patience: epochs without an improvement of min_improvement_ratio (relative) before training ends.
     ema_decay: decay a step of the weight average that is evaluated and released; 0 turns averaging off.
+    val_energy_weight, val_force_weight: weights of the validation loss, if not those of training: trials that are
+    compared by their validation loss must all be measured with the same ones.
     """
 
     epochs: int
@@ -46,6 +48,8 @@ class TrainConfig:
     plateau_patience: int = 5
     min_learning_rate: float = 1e-5
     ema_decay: float = 0.99
+    val_energy_weight: float | None = None
+    val_force_weight: float | None = None
     seed: int = 0
 
 
@@ -162,8 +166,11 @@ class Trainer:
             self.evaluated(), self.store, self.val_indices, self.config.batch_structures, self.device, self.world
         )
         by_source = metrics_by_source(sums, self.store.sources)
-        return weighted_loss(by_source, dict(zip(self.store.sources, self.model.config.energy_scale_ev, strict=True)),
-                             self.config.energy_weight, self.config.force_weight), by_source  # fmt: skip
+        scales = dict(zip(self.store.sources, self.model.config.energy_scale_ev, strict=True))
+        energy, force = self.config.val_energy_weight, self.config.val_force_weight
+        energy = self.config.energy_weight if energy is None else energy
+        force = self.config.force_weight if force is None else force
+        return weighted_loss(by_source, scales, energy, force), by_source
 
     def evaluated(self) -> FoundationModel:
         """The model whose metrics are reported and whose weights are kept."""

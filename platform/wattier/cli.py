@@ -204,9 +204,15 @@ def _opened(target: Path) -> Iterator[tuple[RunDir, RunConfig, RunConsole]]:
 
 def _existing(target: Path) -> RunDir:
     from wattier.config import load_config
+    from wattier.errors import UserError
     from wattier.rundir import RunDir
 
-    return RunDir.open(target if target.is_dir() else Path(load_config(target).run_dir))
+    if target.is_dir():
+        return RunDir.open(target)
+    folder = Path(load_config(target).run_dir).expanduser()
+    if not folder.exists():
+        raise UserError(f"{target}: has not been run yet ({folder} does not exist). Start with: wattier run {target}")
+    return RunDir.open(folder)
 
 
 def main() -> None:

@@ -223,7 +223,7 @@ class SelectSection(Section):
 class FullTrainingSection(Section):
     """Training of the picked trials to convergence on all training structures.
 
-    warm_start: begin from the weights that the trial had at the end of its last stage, whose joules are already paid.
+    warm_start: begin from the best weights that the trial had in the last stage, whose joules are already paid.
     """
 
     epochs: Positive = 1000
@@ -265,6 +265,23 @@ class RunConfig(Section):
     full_training: FullTrainingSection = FullTrainingSection()
     resources: ResourcesSection = ResourcesSection()
     telemetry: TelemetrySection = TelemetrySection()
+
+    @model_validator(mode="after")
+    def _a_structure_for_each_rank(self) -> Self:
+        searched = self.search.space.get("batch_structures")
+        if isinstance(searched, RangeParameter):
+            smallest = int(searched.low)
+        elif isinstance(searched, ChoiceParameter):
+            smallest = min(int(value) for value in searched.choices)
+        else:
+            smallest = self.training.batch_structures
+        ranks = max([self.full_training.ranks, *(stage.ranks for stage in self.search.stages)])
+        if smallest < ranks:
+            raise ValueError(
+                f"batch_structures is {smallest} at the least and ranks is {ranks} at the most, but a step must have a "
+                "structure for each rank. It counts structures of a step over all ranks; raise it, or lower ranks"
+            )
+        return self
 
     @field_validator("run_dir")
     @classmethod

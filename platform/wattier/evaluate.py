@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from wattier.config import RunConfig
 from wattier.records import TrialResult, finite_or_none
@@ -36,11 +37,15 @@ class Predictions(NamedTuple):
 
 
 def evaluate_run(
-    run: RunDir, config: RunConfig, members: Sequence[TrialResult], say: Callable[[str], None]
+    run: RunDir,
+    config: RunConfig,
+    members: Sequence[TrialResult],
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Evaluate the members as one ensemble and write ``evaluation.json``."""
     store = Store(run.store_path)
-    ensemble = load_ensemble(run, members, store)
+    ensemble = load_ensemble(run, members, store, device)
     validation = predict_split(ensemble, store, VAL)
     test = predict_split(ensemble, store, TEST)
     forces = _known_forces(validation)
@@ -50,16 +55,7 @@ def evaluate_run(
     }
     evaluation = {
         "config_name": config.name,
-        "members": [
-            {
-                "trial_id": m.trial_id,
-                "val_loss": m.val_loss,
-                "epochs_done": m.epochs_done,
-                "n_parameters": m.n_parameters,
-                "energy_joules": m.energy_joules,
-            }
-            for m in members
-        ],
+        "members": [member_summary(member) for member in members],
         "sources": {
             name: finite_or_none(_source_metrics(store, test, index)) for index, name in enumerate(store.sources)
         },
@@ -78,9 +74,20 @@ def evaluate_run(
     return evaluation
 
 
-def load_ensemble(run: RunDir, members: Sequence[TrialResult], store: Store) -> Ensemble:
+def member_summary(member: TrialResult) -> dict[str, Any]:
+    """What the evaluation says of a member, by which a later command knows whether it still holds."""
+    return {
+        "trial_id": member.trial_id,
+        "val_loss": member.val_loss,
+        "epochs_done": member.epochs_done,
+        "n_parameters": member.n_parameters,
+        "energy_joules": member.energy_joules,
+    }
+
+
+def load_ensemble(run: RunDir, members: Sequence[TrialResult], store: Store, device: torch.device) -> Ensemble:
     """The trained members with the store's references, spread not yet calibrated."""
-    models = tuple(load_member(run.path / str(member.checkpoint)) for member in members)
+    models = tuple(load_member(run.path / str(member.checkpoint)).to(device) for member in members)
     return Ensemble(models, store.references)
 
 

@@ -31,14 +31,23 @@ def train_members(
         n_trials=len(selection.picked),
         early_stop_patience=full.early_stop_patience,
         warm_start_from=selection.stage if full.warm_start else None,
+        seeds={trial_id: config.seed + index for index, trial_id in enumerate(selection.picked)},
     )
 
     def policy() -> FixedPolicy:
-        done = {result.trial_id for result in run.trials(FULL_STAGE)}
-        return FixedPolicy([Proposal(t, params[t]) for t in selection.picked if t not in done])
+        return FixedPolicy([Proposal(t, params[t]) for t in untrained(run, selection)])
 
-    run_stage(stage, policy, launcher, run_trial, on_result)
+    def is_done(result: TrialResult) -> bool:
+        return result.trial_id in selection.picked and result.status != "failed"
+
+    run_stage(stage, policy, launcher, run_trial, on_result, is_done)
     return trained_members(run)
+
+
+def untrained(run: RunDir, selection: Selection) -> list[str]:
+    """Picks that are not trained; a failed one counts, so that the next command tries it again."""
+    done = {result.trial_id for result in run.trials(FULL_STAGE) if result.status != "failed"}
+    return [trial_id for trial_id in selection.picked if trial_id not in done]
 
 
 def trained_members(run: RunDir) -> list[TrialResult]:

@@ -7,8 +7,8 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
 from wattier.rundir import RunDir, decode, read_json, write_json
-from wattier.trial import RunTrial, TrialContext, TrialSpec, interrupted_or_failed
+from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result
 from wattier_gnn.distributed import World
 
 
@@ -44,6 +44,7 @@ class Stage:
     n_trials: int
     early_stop_patience: int | None = None
     warm_start_from: str | None = None  # stage whose weights the trials of the same ids begin with
+    seeds: Mapping[str, int] = field(default_factory=dict)  # trial id -> seed, where it is not the config's
 
     def spec(self, proposal: Proposal) -> TrialSpec:
         """What one trial's processes need to know."""
@@ -53,12 +54,14 @@ class Stage:
             self.fidelity,
             self.early_stop_patience,
             self.warm_start_from,
+            self.seeds.get(proposal.trial_id, self.config.seed),
         )
 
     def open_trial(self, proposal: Proposal) -> TrialSpec:
         """Make the trial's folder and note what runs in it, so that a killed run knows what to take up again."""
         folder = self.run.trial_folder(self.fidelity.stage, proposal.trial_id)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").unlink(missing_ok=True)
         write_json(folder / "trial.json", {"trial_id": proposal.trial_id, "params": proposal.params})
         return self.spec(proposal)
 
@@ -68,7 +71,7 @@ class Stage:
         if path.exists():
             return decode(path, TrialResult.from_dict, read_json(path))
         spec = self.spec(proposal)
-        return interrupted_or_failed(spec, self.run, "failed", error or "the trial ended without a result")
+        return failed_result(spec, self.run, error or "the trial ended without a result")
 
 
 OnResult = Callable[[TrialResult], None]
@@ -86,7 +89,10 @@ class Launcher(Protocol):
 
 
 class InlineLauncher:
-    """One trial after the other in this process, further ranks in child processes: for tests and debugging."""
+    """One trial after the other in this process, further ranks in child processes: for tests and debugging.
+
+    It narrows no process's view of the devices: on a machine with several GPUs each rank is billed all of them.
+    """
 
     def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
         """See `Launcher.run`."""
@@ -132,6 +138,11 @@ class InlineLauncher:
         return error
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may run on: fewer than the machine's inside an allocation of a job."""
+    return len(os.sched_getaffinity(0))
+
+
 def gpus_per_rank(wanted: float | None, ranks: int, available: float) -> float:
     """What the config says; without a word a GPU a rank, or equal parts where there are fewer, or none."""
     return min(1.0, math.floor(1e4 * available / ranks) / 1e4) if wanted is None else wanted
@@ -144,7 +155,7 @@ def never_stop(_: EpochRecord) -> bool:
 
 def write_traceback(stage: Stage, spec: TrialSpec) -> str:
     """Put the traceback of the present exception into the trial's folder; its last line is returned."""
-    text = traceback.format_exc()
+    text = traceback.format_exc().strip()
     folder = stage.run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
     (folder / "error.txt").write_text(text)
     return text.strip().splitlines()[-1]
@@ -163,7 +174,7 @@ def check_local_resources(stage: Stage) -> None:
         UserError: it asks for more cores than there are.
     """
     wanted = stage.fidelity.ranks * stage.config.resources.cpus_per_rank
-    have = os.cpu_count() or 1
+    have = usable_cpus()
     if wanted > have:
         raise UserError(
             f"stage {stage.fidelity.stage!r}: asks for {stage.fidelity.ranks} ranks of "
@@ -181,4 +192,4 @@ def free_port() -> int:
 
 
 def _run_rank(run_trial: RunTrial, spec: TrialSpec, config: RunConfig, world: World, gpus: float) -> None:
-    run_trial(TrialContext(spec, config, world, gpus, never_stop))
+    run_trial(TrialContext(spec, config, world, gpus, never_stop, counted_by_parent=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wattier.records import PhaseEnergy
-from wattier.rundir import FULL_STAGE, RunDir
+from wattier.rundir import FULL_STAGE, START_UP_PHASE, RunDir
 from wattier_telemetry import EnergyReport, bill
 from wattier_telemetry.records import METHODS
 
@@ -47,7 +47,12 @@ def ledger_info(run: RunDir) -> LedgerInfo:
         phase = _stage_phase(stage)
         phases.setdefault(phase, []).append(report)
         counts[phase] = counts.get(phase, 0) + 1
-    order = ["data", *(_stage_phase(stage) for stage in stages_in_order(run, {key[0] for key in trials})), "evaluation"]
+    order = [
+        "data",
+        START_UP_PHASE,
+        *(_stage_phase(stage) for stage in stages_in_order(run, {key[0] for key in trials})),
+        "evaluation",
+    ]
     known = [name for name in order if name in phases]
     names = known + sorted(set(phases) - set(known))
     total = add_up(chain.from_iterable(phases.values()))

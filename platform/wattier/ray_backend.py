@@ -47,6 +47,7 @@ from wattier.launch import (
     gpus_per_rank,
     never_stop,
     runs_here,
+    usable_cpus,
     write_traceback,
 )
 from wattier.records import EpochRecord, Proposal
@@ -104,7 +105,7 @@ def _cluster(resources: ResourcesSection) -> Iterator[None]:
             options = {
                 "address": "local",
                 "include_dashboard": False,
-                "num_cpus": os.cpu_count(),
+                "num_cpus": usable_cpus(),
                 "object_store_memory": OBJECT_STORE_BYTES,
                 "_temp_dir": str(folder / "r"),  # which Ray opens to all users; the folder around it stays ours
             }

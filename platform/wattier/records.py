@@ -14,9 +14,11 @@ Params = dict[str, Any]
 
 
 def finite_or_none(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become None, in nested dicts too."""
+    """JSON has no NaN and no infinity: they become None, in nested dicts and lists too."""
     if isinstance(value, dict):
         return {k: finite_or_none(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -7,20 +7,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from wattier.config import RunConfig
 from wattier.errors import UserError
-from wattier.evaluate import evaluate_run
-from wattier.fulltrain import train_members, trained_members
+from wattier.evaluate import evaluate_run, member_summary
+from wattier.fulltrain import train_members, trained_members, untrained
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
 from wattier.records import Fidelity, Selection, TrialResult
 from wattier.release import export_release
 from wattier.report import write_report
-from wattier.rundir import FULL_STAGE, RunDir, write_json
+from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.search import run_search
 from wattier.select import select_trials
 from wattier.trial import metered, run_trial
+from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.ingest import ingest
 from wattier_gnn.sample import sample_path
+from wattier_gnn.splits import TRAIN
 from wattier_gnn.store import Store
 
 
@@ -46,7 +50,7 @@ def prepare_data(run: RunDir, config: RunConfig, listener: Listener) -> Store:
     paths: dict[str, Path] = {
         name: sample_path(name) if path == "sample" else Path(path).expanduser() for name, path in data.sources.items()
     }
-    with metered(run.phase_folder("data"), "driver", config.telemetry):
+    with metered(run.phase_folder("data"), "driver", config.telemetry, on_gpu=False):
         return ingest(
             paths,
             run.store_path,
@@ -79,7 +83,7 @@ def select(run: RunDir, config: RunConfig, listener: Listener) -> Selection:
             f"{run.path}: {missing} trials of stage {stage.name!r} are not done. Run `wattier search` first."
         )
     selection = select_trials(
-        run.trials(), config.select, stage=stage.name, project=lambda result: projected_joules(run, config, result)
+        run.trials(), config.select, stage=stage.name, project=_projection(Store(run.store_path), config)
     )
     if run.selection() != selection:
         listener.phase("selection")
@@ -92,32 +96,33 @@ def train(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener
     """Train the picked trials to convergence."""
     selection = run.selection()
     totals = {FULL_STAGE: len(selection.picked) if selection else 0}
-    done = {result.trial_id for result in run.trials(FULL_STAGE)}
-    if selection and not set(selection.picked) <= done:
+    if selection and untrained(run, selection):
         listener.phase("full training")
-    return train_members(run, config, launcher, run_trial, _teller(run, totals, listener))
+    members = train_members(run, config, launcher, run_trial, _teller(run, totals, listener))
+    if missing := totals[FULL_STAGE] - len(members):
+        listener.say(f"warning: {missing} of {totals[FULL_STAGE]} picks failed to train and are no members; see above")
+    return members
 
 
 def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
     """Evaluate the ensemble, unless these very members are evaluated already."""
     members = trained_members(run)
-    names = [member.trial_id for member in members]
     evaluation = run.evaluation()
-    if evaluation is not None and [member["trial_id"] for member in evaluation["members"]] == names:
+    if evaluation is not None and evaluation["members"] == [member_summary(member) for member in members]:
         return
     listener.phase("evaluation")
-    with metered(run.phase_folder("evaluation"), "driver", config.telemetry):
-        evaluate_run(run, config, members, listener.say)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    with metered(run.phase_folder("evaluation"), "driver", config.telemetry, on_gpu=device.type == "cuda"):
+        evaluate_run(run, config, members, device, listener.say)
 
 
 def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener) -> bool:
     """Everything, from data to release; False when there was nothing left to do."""
-    before = _fingerprint(run)
     search(run, config, launcher, listener)
     select(run, config, listener)
     train(run, config, launcher, listener)
     evaluate(run, config, listener)
-    if _fingerprint(run) == before and run.report_path.exists() and run.release_path.exists():
+    if _is_up_to_date(run):
         return False
     listener.phase("release")
     export_release(run, config)
@@ -140,13 +145,19 @@ def launcher_for(config: RunConfig) -> Iterator[Launcher]:
         launcher.close()
 
 
-def projected_joules(run: RunDir, config: RunConfig, result: TrialResult) -> float | None:
-    """Joules of training a trial on all structures for all epochs, at its own joules a structure: an upper bound,
-    since training stops early."""
-    if result.energy_joules is None or not result.structures_seen:
-        return None
-    n_train = int((Store(run.store_path).split == 0).sum())
-    return result.energy_joules / result.structures_seen * n_train * config.full_training.epochs
+def _projection(store: Store, config: RunConfig) -> Callable[[TrialResult], float | None]:
+    """Joules of training a trial on all structures for all epochs, extrapolated from its own joules a structure.
+
+    An early stop makes the truth smaller; other ranks than the stage's make it larger or smaller.
+    """
+    structures = len(store.indices(TRAIN)) * config.full_training.epochs
+
+    def project(result: TrialResult) -> float | None:
+        if result.energy_joules is None or not result.structures_seen:
+            return None
+        return result.energy_joules / result.structures_seen * structures
+
+    return project
 
 
 def _check_stages(run: RunDir, config: RunConfig) -> None:
@@ -168,7 +179,13 @@ def _teller(run: RunDir, totals: dict[str, int], listener: Listener) -> Callable
     return tell
 
 
-def _fingerprint(run: RunDir) -> list[tuple[str, int]]:
-    """What the report and the release are made from."""
-    paths = (run.trials_path, run.selection_path, run.evaluation_path)
-    return [(path.name, path.stat().st_mtime_ns) for path in paths if path.exists()]
+def _is_up_to_date(run: RunDir) -> bool:
+    """Whether the report and a whole release are there, and younger than all they are made from."""
+    manifest = run.release_path / MANIFEST
+    if not (run.report_path.exists() and manifest.exists()):
+        return False
+    made = min(run.report_path.stat().st_mtime_ns, manifest.stat().st_mtime_ns)
+    sources = [path for path in (run.trials_path, run.selection_path, run.evaluation_path) if path.exists()]
+    files = read_json(manifest).get("files", {})
+    whole = all((run.release_path / name).is_file() for name in files)
+    return whole and all(path.stat().st_mtime_ns <= made for path in sources)

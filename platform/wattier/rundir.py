@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ from wattier.errors import UserError
 from wattier.records import EpochRecord, Selection, TrialResult
 
 FULL_STAGE = "full"
+START_UP_PHASE = "start-up"  # what processes do once, before their first trial
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a submitted job
 T = TypeVar("T")
 
@@ -50,8 +52,8 @@ class RunDir:
         Raises:
             UserError: it holds a run of another config, or cannot be written.
         """
-        run = cls(Path(config.run_dir))
-        if RAY_JOB_VARIABLE in os.environ and not Path(config.run_dir).is_absolute():
+        run = cls(Path(config.run_dir).expanduser())
+        if RAY_JOB_VARIABLE in os.environ and not Path(config.run_dir).expanduser().is_absolute():
             raise UserError(
                 f"run_dir: is {config.run_dir!r}, but must be an absolute path in a Ray job, which runs in a copy of "
                 "the working directory that is thrown away. Give a path that all nodes share."
@@ -141,6 +143,8 @@ class RunDir:
         with hold_lock(self.path / "lock") as held:
             if not held:
                 raise UserError(f"{self.path}: another wattier is running here. Wait for it, or stop it.")
+            for folder in (self.path, self.store_path.parent):
+                sweep_temporary_files(folder)
             yield
 
 
@@ -155,6 +159,15 @@ def hold_lock(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def sweep_temporary_files(folder: Path) -> None:
+    """Remove what a killed process left half-written; only for who holds the folder's lock."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
@@ -20,9 +19,9 @@ from optuna.trial import TrialState
 
 from wattier.config import ChoiceParameter, RangeParameter, RunConfig, SearchSection, StageSection, field_type
 from wattier.launch import Launcher, Policy, Stage
-from wattier.pareto import hypervolume_contributions, non_dominated_ranks
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, TrialResult
 from wattier.rundir import RunDir, append_json_line, decode, read_json
+from wattier.select import by_trade_off, compare, split_candidates
 from wattier.trial import RunTrial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -172,25 +171,21 @@ class FixedPolicy:
         """Nothing to learn."""
 
 
-def promoted_trials(results: Sequence[TrialResult], count: int) -> list[TrialResult]:
-    """The best trials of a finished stage: by non-dominated rank, then by hypervolume contribution, then by loss."""
-    complete = [r for r in results if r.status == "complete" and r.val_loss is not None and r.energy_joules is not None]
-    if not complete or count == 0:
+def promoted_trials(results: Sequence[TrialResult], stage: str, count: int) -> list[TrialResult]:
+    """The best trials of a finished stage, compared as the selection compares them: by front, then by contribution."""
+    candidates, _ = split_candidates(results, stage=stage)
+    if not candidates or count == 0:
         return []
-    points = np.array([[r.val_loss, r.energy_joules] for r in complete], dtype=np.float64)
-    ranks = non_dominated_ranks(points)
-    gains = hypervolume_contributions(points, 1.1 * points.max(axis=0))
-    order = sorted(range(len(complete)), key=lambda i: (ranks[i], -gains[i], points[i, 0], complete[i].trial_id))
-    return [complete[i] for i in order[:count]]
+    return [standing.trial for standing in sorted(compare(candidates).standings, key=by_trade_off)[:count]]
 
 
 def run_search(
     run: RunDir, config: RunConfig, launcher: Launcher, run_trial: RunTrial, on_result: Callable[[TrialResult], None]
 ) -> None:
     """Run all stages that are not finished yet, adopting and resuming what a killed run left."""
-    earlier: list[TrialResult] = []
+    earlier = ""
     for section in config.search.stages:
-        promoted = [result.params for result in promoted_trials(earlier, section.promote)]
+        promoted = [result.params for result in promoted_trials(run.trials(), earlier, section.promote)]
         stage = Stage(
             run,
             config,
@@ -199,19 +194,20 @@ def run_search(
         )
         make_policy = partial(SearchPolicy, config, section, run=run, promoted=promoted)
         run_stage(stage, make_policy, launcher, run_trial, on_result)
-        earlier = run.trials(section.name)
+        earlier = section.name
 
 
-def run_stage(
+def run_stage(  # noqa: PLR0913, PLR0917  (what a stage is, and how it is run)
     stage: Stage,
     make_policy: Callable[[], Policy],
     launcher: Launcher,
     run_trial: RunTrial,
     on_result: Callable[[TrialResult], None],
+    is_done: Callable[[TrialResult], bool] = lambda _: True,
 ) -> None:
-    """Run what is left of one stage; a finished stage starts nothing."""
+    """Run what is left of one stage; a stage whose trials all have a row that counts as done starts nothing."""
     adopt_finished(stage)
-    if len(stage.run.trials(stage.fidelity.stage)) >= stage.n_trials:
+    if sum(map(is_done, stage.run.trials(stage.fidelity.stage))) >= stage.n_trials:
         return
 
     def record(result: TrialResult) -> None:

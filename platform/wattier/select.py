@@ -19,9 +19,9 @@ from wattier_telemetry.records import METHODS
 REFERENCE_MARGIN = 0.1
 _STOPPED = "stopped by the scheduler"
 _ADVICE = {
-    _STOPPED: "Let more trials finish: raise reduction_factor of the stage, or set it to null.",
-    "diverged": "Lower the upper end of learning_rate in search.space.",
-    "failed": "Read the errors in trials.jsonl, mend the cause and run again.",
+    _STOPPED: "Let more trials finish: set reduction_factor of the stage to null, in a new run_dir.",
+    "diverged": "Lower the upper end of learning_rate in search.space, in a new run_dir.",
+    "failed": "Read error.txt in their folders, mend the cause and run again in a new run_dir.",
     "interrupted": "Run the same command again to finish them.",
     "energy unknown": "Run `wattier-telemetry doctor`, or set telemetry.source to estimated.",
 }
@@ -165,10 +165,14 @@ def _in_words(way: tuple[str, tuple[str, ...]]) -> str:
 def _picked(standings: Sequence[Standing], config: SelectSection) -> tuple[list[Standing], list[Standing]]:
     accurate = sorted(standings, key=_by_loss)[: config.accurate]
     taken = {s.trial.trial_id for s in accurate}
-    rest = [s for s in standings if s.trial.trial_id not in taken]
     # Fronts are those of all candidates: what an accurate pick dominates is no trade-off, though the pick is taken.
-    rest.sort(key=lambda s: (s.rank, -s.contribution_ratio, s.trial.trial_id))
+    rest = sorted((s for s in standings if s.trial.trial_id not in taken), key=by_trade_off)
     return accurate, rest[: config.balanced]
+
+
+def by_trade_off(standing: Standing) -> tuple[int, float, str]:
+    """Sort key: successive fronts, and within a front the larger contribution first."""
+    return standing.rank, -standing.contribution_ratio, standing.trial.trial_id
 
 
 def _by_loss(standing: Standing) -> tuple[float, float, str]:

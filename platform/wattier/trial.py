@@ -7,6 +7,7 @@ leaves its files in the trial's folder, and returns a TrialResult on rank 0.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,15 @@ import torch
 
 from wattier.config import ModelSection, RunConfig, TelemetrySection, TrainingSection
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
-from wattier.rundir import RunDir, append_json_line, hold_lock, read_json_lines, write_json
+from wattier.rundir import (
+    START_UP_PHASE,
+    RunDir,
+    append_json_line,
+    hold_lock,
+    read_json_lines,
+    sweep_temporary_files,
+    write_json,
+)
 from wattier_gnn import checkpoint
 from wattier_gnn.distributed import World, barrier, process_group
 from wattier_gnn.model import FoundationModel, ModelConfig, build_model, count_parameters
@@ -28,8 +37,9 @@ from wattier_gnn.splits import TRAIN, VAL
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
 from wattier_gnn.train import EpochReport, TrainConfig, Trainer, TrainState
-from wattier_telemetry import EnergyMeter, TrialRegistration, bill, open_source
-from wattier_telemetry.source import PowerSource
+from wattier_telemetry import Device, EnergyMeter, Reading, TrialRegistration, bill, open_source
+from wattier_telemetry.records import Method
+from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 ORPHAN_WAIT_SECONDS = 30
 
@@ -39,6 +49,7 @@ class TrialSpec:
     """What to train, in plain picklable values. early_stop_patience None = train all epochs of the fidelity.
 
     warm_start_from: stage whose best weights of the same trial the training begins with.
+    seed: of the initial weights and the order of structures; members of an ensemble have different ones.
     """
 
     run_dir: str
@@ -46,6 +57,7 @@ class TrialSpec:
     fidelity: Fidelity
     early_stop_patience: int | None = None
     warm_start_from: str | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ class TrialContext:
         config: the run's config.
         world: this process's rank among the trial's ranks.
         gpus: the part of a GPU that is this rank's, 0 on a CPU.
+        counted_by_parent: this process is a child of rank 0's, whose estimate counts the time of its children.
         report: rank 0 calls it after each epoch; False means stop.
     """
 
@@ -65,6 +78,7 @@ class TrialContext:
     world: World
     gpus: float
     report: Callable[[EpochRecord], bool]
+    counted_by_parent: bool = False
 
     @property
     def device_fraction(self) -> float:
@@ -87,12 +101,19 @@ def run_trial(context: TrialContext) -> TrialResult | None:
     Returns:
         The result on rank 0 (also written to ``result.json``), None on other ranks.
     """
-    started = time.monotonic()
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     rank = context.world.rank
     with ExitStack() as stack:
+        warm_up(context)
         meter, source = stack.enter_context(
-            metered(context.folder, f"rank{rank}", context.config.telemetry, context.device_fraction)
+            metered(
+                context.folder,
+                f"rank{rank}",
+                context.config.telemetry,
+                on_gpu=context.gpus > 0,
+                fraction=context.device_fraction,
+                counted_by_parent=context.counted_by_parent,
+            )
         )
         if rank == 0:
             stack.enter_context(_own_folder(context.folder))
@@ -105,12 +126,12 @@ def run_trial(context: TrialContext) -> TrialResult | None:
             state = trainer.run(lambda report: _on_epoch(context, report, registration))
         except SystemExit as stop:  # how Ray Tune tells a function that its scheduler stopped it
             state, stopped_by = trainer.state, stop
-            state.ended = "stopped"
+            state.ended = state.ended or "stopped"
         meter.close()
         barrier()  # all ranks' bills are final from here on
         if rank != 0:
             return None
-        result = _result(context, trainer, state, started_at, time.monotonic() - started)
+        result = _result(context, trainer, state, started_at)
         write_json(context.folder / "result.json", result.to_dict())
         if stopped_by is not None:
             raise stopped_by
@@ -118,12 +139,20 @@ def run_trial(context: TrialContext) -> TrialResult | None:
 
 
 @contextmanager
-def metered(
-    folder: Path, name: str, telemetry: TelemetrySection, fraction: float = 1.0
+def metered(  # noqa: PLR0913  (most are keywords)
+    folder: Path,
+    name: str,
+    telemetry: TelemetrySection,
+    *,
+    on_gpu: bool,
+    fraction: float = 1.0,
+    counted_by_parent: bool = False,
 ) -> Iterator[tuple[EnergyMeter, PowerSource]]:
     """A running meter whose journal lies in a folder; one journal for each attempt."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = open_source(telemetry.source, rated_watts=telemetry.rated_watts_per_core)
+    source = _open_source(telemetry, on_gpu=on_gpu)
+    if counted_by_parent and source.method == "estimated":
+        source = _NoDevices()
     attempt = 1 + len(list(folder.glob(f"*{name}.energy.json")))
     journal = folder / f"attempt{attempt}-{name}.energy.json"
     try:
@@ -133,6 +162,65 @@ def metered(
             yield meter, source
     finally:
         source.close()
+
+
+def _open_source(telemetry: TelemetrySection, *, on_gpu: bool) -> PowerSource:
+    """The source that the config names; by itself, work on the CPU is not measured by a GPU that idles beside it."""
+    automatic = telemetry.source == "auto" and "WATTIER_POWER_SOURCE" not in os.environ
+    if automatic and not on_gpu:
+        try:
+            return open_source("rapl")
+        except SourceUnavailable:
+            return open_source("estimated", rated_watts=telemetry.rated_watts_per_core)
+    return open_source(telemetry.source, rated_watts=telemetry.rated_watts_per_core)
+
+
+class _NoDevices:
+    """The source of a process whose energy somebody else counts."""
+
+    name = "none"
+    method: Method = "estimated"
+
+    def devices(self) -> tuple[Device, ...]:
+        return ()
+
+    def read(self, device: Device) -> Reading:
+        raise SourceUnavailable(f"{device.uuid}: this source has no devices")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+_WARM: set[str] = set()  # devices on which this process has trained
+
+
+def warm_up(context: TrialContext) -> None:
+    """Take one step with a tiny network, once a process and device, under a meter of the phase ``start-up``.
+
+    The first step of a process pays for lazily loaded kernels; billed to the trial that happens to come first, it
+    would make trials look dear by their place in the queue.
+    """
+    device = _device(context)
+    if str(device) in _WARM:
+        return
+    _WARM.add(str(device))
+    run = RunDir(Path(context.spec.run_dir))
+    name = f"{socket.gethostname()}-{os.getpid()}"
+    with metered(
+        run.phase_folder(START_UP_PHASE),
+        name,
+        context.config.telemetry,
+        on_gpu=context.gpus > 0,
+        fraction=context.device_fraction,
+        counted_by_parent=context.counted_by_parent,
+    ):
+        torch.set_num_threads(context.config.resources.cpus_per_rank)
+        store = Store(run.store_path)
+        model = build_model(model_config(store, ModelSection(hidden_dim=8, n_layers=2, head_dim=8)), 0).to(device)
+        optimizer = torch.optim.AdamW(model.parameters())
+        prediction = model.train()(store.batch(store.indices(TRAIN)[:2]).to(device))
+        (prediction.energy.sum() + prediction.forces.square().sum()).backward()
+        optimizer.step()
 
 
 def settings_of(config: RunConfig, params: Params) -> tuple[ModelSection, TrainingSection]:
@@ -174,7 +262,7 @@ def load_member(path: Path) -> FoundationModel:
     return model.eval()
 
 
-def interrupted_or_failed(spec: TrialSpec, run: RunDir, status: Status, error: str | None) -> TrialResult:
+def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
     """The record of a trial that left no ``result.json``: rebuilt from its epochs and its energy journals."""
     folder = run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
     epochs = run.epochs(spec.fidelity.stage, spec.proposal.trial_id)
@@ -185,7 +273,7 @@ def interrupted_or_failed(spec: TrialSpec, run: RunDir, status: Status, error: s
         trial_id=spec.proposal.trial_id,
         params=spec.proposal.params,
         fidelity=spec.fidelity,
-        status=status,
+        status="failed",
         val_loss=last.val_loss if last else None,
         val_by_source=last.val_by_source if last else {},
         epochs_done=last.epoch if last else 0,
@@ -203,7 +291,7 @@ def _trainer(context: TrialContext, device: torch.device) -> Trainer:
     torch.set_num_threads(config.resources.cpus_per_rank)
     store = Store(RunDir(Path(spec.run_dir)).store_path)
     model_section, training = settings_of(config, spec.proposal.params)
-    model = build_model(model_config(store, model_section), config.seed)
+    model = build_model(model_config(store, model_section), spec.seed)
     if spec.warm_start_from is not None:
         earlier = RunDir(Path(spec.run_dir)).trial_folder(spec.warm_start_from, spec.proposal.trial_id) / "best.pt"
         model.load_state_dict(load_member(earlier).state_dict())
@@ -213,7 +301,9 @@ def _trainer(context: TrialContext, device: torch.device) -> Trainer:
         TrainConfig(
             epochs=spec.fidelity.epochs,
             early_stop_patience=spec.early_stop_patience or spec.fidelity.epochs,
-            seed=config.seed,
+            seed=spec.seed,
+            val_energy_weight=config.training.energy_weight,
+            val_force_weight=config.training.force_weight,
             **training.model_dump(),
         ),
         train_indices=choose_subset(store.indices(TRAIN), store.source_index, spec.fidelity.structures, config.seed),
@@ -268,6 +358,7 @@ def _own_folder(folder: Path) -> Iterator[None]:
     for _ in range(ORPHAN_WAIT_SECONDS * 10):
         with hold_lock(folder / "lock") as held:
             if held:
+                sweep_temporary_files(folder)
                 yield
                 return
         time.sleep(0.1)
@@ -281,7 +372,7 @@ def _device(context: TrialContext) -> torch.device:
     return torch.device("cuda", context.world.rank % torch.cuda.device_count())
 
 
-def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_at: str, seconds: float) -> TrialResult:
+def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_at: str) -> TrialResult:
     """The record of a training that ended by itself or was stopped."""
     spec = context.spec
     status: Status = "pruned" if state.ended in ("stopped", "diverged") else "complete"
@@ -299,7 +390,7 @@ def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_
         val_by_source=best.get("val_by_source", {}),
         epochs_done=state.epoch,
         structures_seen=state.structures_seen,
-        wall_seconds=seconds,
+        wall_seconds=energy.seconds,
         energy=energy,
         n_parameters=count_parameters(trainer.model),
         devices=tuple(sorted({share.device_uuid for share in energy.shares})),

@@ -142,7 +142,14 @@ def test_it_learned_physics(quickstart: Quickstart) -> None:
 
 def test_phases_are_billed_with_their_method(quickstart: Quickstart) -> None:
     ledger = ledger_info(quickstart.run)
-    assert [p.phase for p in ledger.phases] == ["data", "search:scout", "search:final", "full training", "evaluation"]
+    assert [p.phase for p in ledger.phases] == [
+        "data",
+        "start-up",
+        "search:scout",
+        "search:final",
+        "full training",
+        "evaluation",
+    ]
     assert all(p.joules and p.method for p in ledger.phases)
     assert ledger.total.joules == pytest.approx(sum(p.joules for p in ledger.phases))
 

@@ -62,4 +62,11 @@ def test_spread_is_the_unbiased_standard_deviation() -> None:
     values = RNG.normal(size=(5, 7))
     mean = values.sum(axis=0) / 5
     assert np.allclose(spread(values), np.sqrt(((values - mean) ** 2).sum(axis=0) / 4))
-    assert (spread(values[:1]) == 0).all()
+    assert np.isnan(spread(values[:1])).all(), "one member cannot say how sure it is"
+
+
+def test_without_spread_nothing_is_said_of_calibration() -> None:
+    found = calibration(np.ones(5), np.full(5, np.nan), scale=1.0)
+    assert found.expected == found.observed == ()
+    assert math.isnan(found.coverage_68)
+    assert math.isnan(found.miscalibration_area)

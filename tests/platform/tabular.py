@@ -41,7 +41,10 @@ def _raise():
 
 def _run(context, die):
     folder, rank, params = context.folder, context.world.rank, context.spec.proposal.params
-    with metered(folder, f"rank{rank}", context.config.telemetry, context.device_fraction) as (meter, _):
+    with metered(folder, f"rank{rank}", context.config.telemetry, on_gpu=False, fraction=context.device_fraction) as (
+        meter,
+        _,
+    ):
         if rank != 0:
             time.sleep(context.spec.fidelity.epochs * EPOCH_SECONDS)
             return None

@@ -188,7 +188,7 @@ class TestRefusals:
         assert not list((tmp_path / "folder").iterdir())
 
     def test_status_of_a_config_that_never_ran(self, refused, config):
-        assert "is no run directory" in refused("status", config())
+        assert "has not been run yet" in refused("status", config())
 
     def test_truncated_shard(self, refused, config, tmp_path):
         shutil.copytree(SAMPLE_FOLDER / "qm7x", tmp_path / "qm7x")
@@ -207,7 +207,9 @@ class TestRefusals:
         assert not in_run(tmp_path)
 
     def test_more_ranks_than_cores(self, refused, config, tmp_path):
-        message = refused("run", config(launcher="ray", full_training={"ranks": 1000}))
+        message = refused(
+            "run", config(launcher="ray", full_training={"ranks": 1000}, training={"batch_structures": 2000})
+        )
         assert "asks for 1000 ranks" in message
         assert not in_run(tmp_path)
 

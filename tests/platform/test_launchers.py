@@ -139,7 +139,7 @@ class LauncherContract:
             assert row.epochs_done < 9
             assert 0 < row.energy_joules < good.energy_joules
         assert set(outcome.told().values()) == {TrialState.COMPLETE, TrialState.PRUNED}
-        assert [r.trial_id for r in promoted_trials(outcome.rows, 4)] == [good.trial_id]
+        assert [r.trial_id for r in promoted_trials(outcome.rows, "only", 4)] == [good.trial_id]
         selection = select_trials(outcome.rows, config.select, stage="only", project=lambda _: None)
         assert selection.front == selection.candidates == selection.picked == (good.trial_id,)
         assert set(selection.excluded) == {row.trial_id for row in by_params.values()}
@@ -180,7 +180,7 @@ class LauncherContract:
         run, config = make(stages=stages, space={"learning_rate": SPACE["learning_rate"]})
         run_search(run, config, launcher, self.run_trial, lambda _: None)
         wide, deep = run.trials("wide"), {row.trial_id: row for row in run.trials("deep")}
-        best = promoted_trials(wide, 2)
+        best = promoted_trials(wide, "wide", 2)
         assert [row.status for row in wide] == ["complete"] * 5, [row.error for row in wide]
         assert [deep["deep-000"].params, deep["deep-001"].params] == [row.params for row in best]
         points = [[row.val_loss, row.energy_joules] for row in wide]
