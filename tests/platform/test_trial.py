@@ -1,0 +1,123 @@
+"""Real trials through the inline launcher on the sample: what is compared, what is billed, what is tried again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wattier import run as steps
+from wattier.config import RunConfig
+from wattier.ledger import ledger_info
+from wattier.records import TrialResult
+from wattier.rundir import FULL_STAGE, RunDir
+
+
+class Quiet:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self.lines.append(name)
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def trial(self, result: TrialResult, done: int, total: int) -> None:
+        self.lines.append(f"{result.trial_id} {result.status}")
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WATTIER_REGISTRY", str(tmp_path / "registry"))
+
+    def build(space: dict, ranks: int = 1, trials: int = 2, **select: int) -> tuple[RunDir, RunConfig]:
+        text = yaml.safe_dump({
+            "name": "trial", "run_dir": str(tmp_path / "run"), "launcher": "inline",
+            "data": {"sources": {"qm7x": "sample"}, "cutoff_angstrom": 3.0},
+            "model": {"hidden_dim": 8, "n_layers": 1, "n_radial": 4, "head_dim": 8, "forces": "vector"},
+            "search": {"space": space, "stages": [
+                {"name": "s", "trials": trials, "structures": 64, "epochs": 1, "ranks": ranks, "reduction_factor": None}
+            ]},
+            "select": {"accurate": 1, "balanced": 0} | select,
+            "full_training": {"epochs": 1}, "telemetry": {"source": "estimated"},
+        })  # fmt: skip
+        config = RunConfig.model_validate(yaml.safe_load(text))
+        return RunDir.create(config), config
+
+    return build
+
+
+def test_losses_of_trials_with_other_weights_are_comparable(make) -> None:
+    run, config = make({"force_weight": {"choices": [1e-6, 1e-6 * 1.01]}, "energy_weight": {"choices": [1e-6]}})
+    with steps.launcher_for(config) as launcher:
+        steps.search(run, config, launcher, Quiet())
+    for result in run.trials():
+        per_source = result.val_by_source["qm7x"]
+        scale = json.loads((run.store_path / "meta.json").read_text())["energy_scale_ev"][0]
+        expected = (per_source["energy_mae_ev_per_atom"] + per_source["force_mae_ev_per_angstrom"]) / scale
+        assert result.val_loss == pytest.approx(expected), "the config's weights, 1 and 1, not the trial's"
+
+
+def test_ranks_that_rank_zero_counts_as_children_are_billed_once(make) -> None:
+    run, config = make({"hidden_dim": {"choices": [8]}}, ranks=2, trials=1)
+    with steps.launcher_for(config) as launcher:
+        steps.search(run, config, launcher, Quiet())
+    (result,) = run.trials()
+    assert result.status == "complete", result.error
+    assert len(result.energy.shares) == 1
+    assert len(list(run.trial_folder("s", result.trial_id).glob("*.energy.json"))) == 2
+
+
+def test_a_failed_member_is_tried_again_and_the_run_says_so(make) -> None:
+    run, config = make({"hidden_dim": {"choices": [8, 16]}}, accurate=1, balanced=1)
+    with steps.launcher_for(config) as launcher:
+        steps.search(run, config, launcher, Quiet())
+        selection = steps.select(run, config, Quiet())
+        broken = run.trial_folder(FULL_STAGE, selection.picked[0]) / "last.pt"
+        broken.parent.mkdir(parents=True)
+        broken.write_bytes(b"not a checkpoint")
+        listener = Quiet()
+        members = steps.train(run, config, launcher, listener)
+        assert len(members) == len(selection.picked) - 1
+        assert any("failed to train" in line for line in listener.lines)
+
+        broken.unlink()
+        members = steps.train(run, config, launcher, Quiet())
+        assert [m.trial_id for m in members] == list(selection.picked)
+        assert members[0].attempts == 3, "one retry of the first command, one of the second"
+        assert steps.run_all(run, config, launcher, Quiet())
+        assert not steps.run_all(run, config, launcher, Quiet()), "nothing is left to do"
+        manifest = run.release_path / "manifest.json"
+        next(run.release_path.glob("*/model.safetensors")).unlink()
+        assert steps.run_all(run, config, launcher, Quiet()), "a release that lost a file is made anew"
+        assert manifest.exists()
+
+
+def test_one_member_is_released_without_uncertainty(make) -> None:
+    run, config = make({"hidden_dim": {"choices": [8]}}, trials=1)
+    with steps.launcher_for(config) as launcher:
+        assert steps.run_all(run, config, launcher, Quiet())
+    evaluation = run.evaluation()
+    assert evaluation is not None
+    assert evaluation["calibration"]["energy"]["coverage_68"] is None
+    assert "no uncertainty" in (run.release_path / "README.md").read_text()
+    from ase.build import molecule
+
+    from wattier_gnn.calculator import WattierCalculator
+
+    atoms = molecule("CH4")
+    atoms.calc = WattierCalculator(run.release_path, source="qm7x")
+    assert atoms.get_forces().shape == (5, 3)
+    assert "energy_std" not in atoms.calc.results
+
+
+def test_the_first_step_of_a_process_is_a_phase_of_its_own(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wattier.trial._WARM", set())
+    run, config = make({"hidden_dim": {"choices": [8]}})
+    with steps.launcher_for(config) as launcher:
+        steps.search(run, config, launcher, Quiet())
+    assert [p.phase for p in ledger_info(run).phases] == ["data", "start-up", "search:s"]
+    assert len(list(run.phase_folder("start-up").glob("*.energy.json"))) == 1
