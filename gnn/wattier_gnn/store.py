@@ -188,7 +188,10 @@ def _write_atomically(folder: Path, arrays: Mapping[str, Any], texts: Mapping[st
                 file.flush()
                 os.fsync(file.fileno())
         for name, text in texts.items():
-            (temporary / name).write_text(text)
+            with (temporary / name).open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:

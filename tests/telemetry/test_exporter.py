@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002  (fixtures that set a scene are only named)
 """The exporter scraped over HTTP and parsed as Prometheus does; registrations; the command line."""
 
 import math

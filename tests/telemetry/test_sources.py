@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002  (fixtures that set a scene are only named)
 """Every power source passes one contract; then what is particular to each.
 
 NVML runs the real pynvml binding against a simulated C library. AMD runs, for now, against a simulated `amdsmi`
