@@ -14,13 +14,14 @@ from wattier.errors import UserError
 from wattier.evaluate import evaluate_run, member_summary
 from wattier.fulltrain import train_members, trained_members, untrained
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
+from wattier.metering import metered
 from wattier.records import Fidelity, Selection, TrialResult
 from wattier.release import export_release
 from wattier.report import write_report
 from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.search import run_search
 from wattier.select import select_trials
-from wattier.trial import metered, run_trial
+from wattier.trial import run_trial
 from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.ingest import ingest
 from wattier_gnn.sample import sample_path

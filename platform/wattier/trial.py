@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from wattier.config import ModelSection, RunConfig, TelemetrySection, TrainingSection
+from wattier.config import ModelSection, RunConfig, TrainingSection
+from wattier.metering import metered
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
 from wattier.rundir import (
     START_UP_PHASE,
@@ -37,9 +38,8 @@ from wattier_gnn.splits import TRAIN, VAL
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
 from wattier_gnn.train import EpochReport, TrainConfig, Trainer, TrainState
-from wattier_telemetry import Device, EnergyMeter, Reading, TrialRegistration, bill, open_source
-from wattier_telemetry.records import Method
-from wattier_telemetry.source import PowerSource, SourceUnavailable
+from wattier_telemetry import TrialRegistration, bill
+from wattier_telemetry.source import PowerSource
 
 ORPHAN_WAIT_SECONDS = 30
 
@@ -136,59 +136,6 @@ def run_trial(context: TrialContext) -> TrialResult | None:
         if stopped_by is not None:
             raise stopped_by
         return result
-
-
-@contextmanager
-def metered(  # noqa: PLR0913  (most are keywords)
-    folder: Path,
-    name: str,
-    telemetry: TelemetrySection,
-    *,
-    on_gpu: bool,
-    fraction: float = 1.0,
-    counted_by_parent: bool = False,
-) -> Iterator[tuple[EnergyMeter, PowerSource]]:
-    """A running meter whose journal lies in a folder; one journal for each attempt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    source = _open_source(telemetry, on_gpu=on_gpu)
-    if counted_by_parent and source.method == "estimated":
-        source = _NoDevices()
-    attempt = 1 + len(list(folder.glob(f"*{name}.energy.json")))
-    journal = folder / f"attempt{attempt}-{name}.energy.json"
-    try:
-        with EnergyMeter(
-            source, journal=journal, fraction=fraction, interval_seconds=telemetry.interval_seconds
-        ) as meter:
-            yield meter, source
-    finally:
-        source.close()
-
-
-def _open_source(telemetry: TelemetrySection, *, on_gpu: bool) -> PowerSource:
-    """The source that the config names; by itself, work on the CPU is not measured by a GPU that idles beside it."""
-    automatic = telemetry.source == "auto" and "WATTIER_POWER_SOURCE" not in os.environ
-    if automatic and not on_gpu:
-        try:
-            return open_source("rapl")
-        except SourceUnavailable:
-            return open_source("estimated", rated_watts=telemetry.rated_watts_per_core)
-    return open_source(telemetry.source, rated_watts=telemetry.rated_watts_per_core)
-
-
-class _NoDevices:
-    """The source of a process whose energy somebody else counts."""
-
-    name = "none"
-    method: Method = "estimated"
-
-    def devices(self) -> tuple[Device, ...]:
-        return ()
-
-    def read(self, device: Device) -> Reading:
-        raise SourceUnavailable(f"{device.uuid}: this source has no devices")
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 _WARM: set[str] = set()  # devices on which this process has trained

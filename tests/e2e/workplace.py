@@ -18,6 +18,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 WITNESS = Path(__file__).with_name("observed.py")
 TIMEOUT_SECONDS = 280
+STARTED_PIDS: list[int] = []
 
 
 @dataclass
@@ -57,10 +58,12 @@ class Workplace:
             "WATTIER_REGISTRY": str(self.folder / "registry"),
             **self.environment,
         }
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*program, *arguments], cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
+        STARTED_PIDS.append(process.pid)
+        return process
 
     def wattier(self, *arguments: str, witnessed: bool = False) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
@@ -89,11 +92,11 @@ class Workplace:
 
 
 def ray_processes() -> list[psutil.Process]:
-    """Ray processes of this user that belong to no living driver of ours: there must be none after a command."""
-    mine = psutil.Process().uids().real
+    """Ray processes of the commands started here, told by the driver's pid in their folder's name."""
+    folders = [f"wattier-ray-{pid}-" for pid in STARTED_PIDS]
     found = []
-    for process in psutil.process_iter(["name", "cmdline", "uids"]):
+    for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if process.info["uids"] and process.info["uids"].real == mine and "wattier-ray-" in line:
+        if any(folder in line for folder in folders):
             found.append(process)
     return found

@@ -9,9 +9,9 @@ import signal
 import time
 from datetime import UTC, datetime
 
+from wattier.metering import metered
 from wattier.records import EpochRecord, TrialResult
 from wattier.rundir import append_json_line, write_json
-from wattier.trial import metered
 from wattier_telemetry import bill
 
 DIES, DIES_ONCE, DIVERGES = 7, 8, 9

@@ -1,0 +1,66 @@
+"""The meter over a piece of a run's work: which source, whose share, and where its journal lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wattier.config import TelemetrySection
+from wattier_telemetry import Device, EnergyMeter, Reading, open_source
+from wattier_telemetry.records import Method
+from wattier_telemetry.source import PowerSource, SourceUnavailable
+
+
+@contextmanager
+def metered(  # noqa: PLR0913  (most are keywords)
+    folder: Path,
+    name: str,
+    telemetry: TelemetrySection,
+    *,
+    on_gpu: bool,
+    fraction: float = 1.0,
+    counted_by_parent: bool = False,
+) -> Iterator[tuple[EnergyMeter, PowerSource]]:
+    """A running meter whose journal lies in a folder; one journal for each attempt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = _open_source(telemetry, on_gpu=on_gpu)
+    if counted_by_parent and source.method == "estimated":
+        source = _NoDevices()
+    attempt = 1 + len(list(folder.glob(f"*{name}.energy.json")))
+    journal = folder / f"attempt{attempt}-{name}.energy.json"
+    try:
+        with EnergyMeter(
+            source, journal=journal, fraction=fraction, interval_seconds=telemetry.interval_seconds
+        ) as meter:
+            yield meter, source
+    finally:
+        source.close()
+
+
+def _open_source(telemetry: TelemetrySection, *, on_gpu: bool) -> PowerSource:
+    """The source that the config names; by itself, work on the CPU is not measured by a GPU that idles beside it."""
+    automatic = telemetry.source == "auto" and "WATTIER_POWER_SOURCE" not in os.environ
+    if automatic and not on_gpu:
+        try:
+            return open_source("rapl")
+        except SourceUnavailable:
+            return open_source("estimated", rated_watts=telemetry.rated_watts_per_core)
+    return open_source(telemetry.source, rated_watts=telemetry.rated_watts_per_core)
+
+
+class _NoDevices:
+    """The source of a process whose energy somebody else counts."""
+
+    name = "none"
+    method: Method = "estimated"
+
+    def devices(self) -> tuple[Device, ...]:
+        return ()
+
+    def read(self, device: Device) -> Reading:
+        raise SourceUnavailable(f"{device.uuid}: this source has no devices")
+
+    def close(self) -> None:
+        """Nothing is open."""
