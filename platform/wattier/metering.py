@@ -9,7 +9,6 @@ from pathlib import Path
 
 from wattier.config import TelemetrySection
 from wattier_telemetry import Device, EnergyMeter, Reading, open_source
-from wattier_telemetry.records import Method
 from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 
@@ -26,7 +25,7 @@ def metered(  # noqa: PLR0913  (most are keywords)
     """A running meter whose journal lies in a folder; one journal for each attempt."""
     folder.mkdir(parents=True, exist_ok=True)
     source = _open_source(telemetry, on_gpu=on_gpu)
-    if counted_by_parent and source.method == "estimated":
+    if counted_by_parent and all(device.method == "estimated" for device in source.devices()):
         source = _NoDevices()
     attempt = 1 + len(list(folder.glob(f"*{name}.energy.json")))
     journal = folder / f"attempt{attempt}-{name}.energy.json"
@@ -50,11 +49,10 @@ def _open_source(telemetry: TelemetrySection, *, on_gpu: bool) -> PowerSource:
     return open_source(telemetry.source, rated_watts=telemetry.rated_watts_per_core)
 
 
-class _NoDevices:
+class _NoDevices(PowerSource):
     """The source of a process whose energy somebody else counts."""
 
     name = "none"
-    method: Method = "estimated"
 
     def devices(self) -> tuple[Device, ...]:
         return ()

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wattier_telemetry.records import Device, Method, Reading
-from wattier_telemetry.source import SourceUnavailable
+from wattier_telemetry.records import Device, Reading
+from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 # amd_smi.h: one tick is 15.259 uJ, that is 2**-16 J; the library's own "counter_resolution" of 15.3 is 0.27 % high.
 JOULES_PER_TICK = 2.0**-16
@@ -40,7 +40,7 @@ class _Package:
     dies: list[Any]  # handles of the visible dies
 
 
-class AmdSource:
+class AmdSource(PowerSource):
     """The AMD GPU packages of which this process sees at least one die.
 
     ROCR_VISIBLE_DEVICES and then HIP_VISIBLE_DEVICES are applied, by index. A process that owns one die of a package
@@ -51,9 +51,9 @@ class AmdSource:
     """
 
     name = "amd"
-    method: Method = "counter"
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole_node: bool = False) -> None:
+        self._whole_node = whole_node
         self._smi = _binding()
         try:
             self._smi.amdsmi_init()

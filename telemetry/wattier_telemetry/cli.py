@@ -74,7 +74,7 @@ def _read(name: str) -> int:
     source = open_source(name)
     try:
         devices = [{**asdict(device), "reading": asdict(source.read(device))} for device in source.devices()]
-        print(json.dumps({"source": source.name, "method": source.method, "devices": devices}, indent=2))
+        print(json.dumps({"source": source.name, "devices": devices}, indent=2))
     finally:
         source.close()
     return 0

@@ -54,12 +54,12 @@ def _measure(source: PowerSource) -> Finding:
         except SourceUnavailable as reason:
             parts.append(f"{device.name}: {reason}")
             continue
-        energy = f"energy ({source.method})" if reading.energy_joules is not None else None
+        energy = f"energy ({device.method})" if reading.energy_joules is not None else None
         power = "power" if reading.power_watts is not None else None
         figures = " and ".join(filter(None, (energy, power)))
         works = works or bool(figures)
         parts.append(f"{device.name} [{device.domain}]: {figures or 'neither energy nor power'}")
     advice = "" if works else _ADVICE[source.name]
-    if works and source.method == "estimated":
+    if works and all(device.method == "estimated" for device in source.devices()):
         advice = "A model, not a measurement: compare its joules only with other estimates."
     return Finding(source.name, works, "; ".join(parts), advice)

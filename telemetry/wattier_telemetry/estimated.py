@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from wattier_telemetry.records import Device, Method, Reading
-from wattier_telemetry.source import SourceUnavailable
+from wattier_telemetry.records import Device, Reading
+from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 DEFAULT_RATED_WATTS = 10.0  # per core: servers and laptops lie between about 3 and 15 W a core at full load
 
@@ -29,7 +29,7 @@ class _Times:
         return self.own_seconds + self.reaped_seconds
 
 
-class EstimatedSource:
+class EstimatedSource(PowerSource):
     """The CPU energy of one process tree, as cumulative CPU seconds times rated watts.
 
     An idle process is billed nothing, and memory and disks are left out: compare estimates only with estimates.
@@ -43,7 +43,6 @@ class EstimatedSource:
     """
 
     name = "estimated"
-    method: Method = "estimated"
 
     def __init__(self, *, rated_watts: float | None = None, pid: int | None = None) -> None:
         self.rated_watts = DEFAULT_RATED_WATTS if rated_watts is None else float(rated_watts)
@@ -57,7 +56,7 @@ class EstimatedSource:
             raise SourceUnavailable(f"process {pid} cannot be watched: {error}") from error
         # Host, pid and start: two processes never collide, not even when the pid comes round again.
         uuid = f"{socket.gethostname()}:process-{pid}-{started}"
-        self._device = Device(uuid, f"process {pid} at {self.rated_watts:g} W per core", "cpu", 0)
+        self._device = Device(uuid, f"process {pid} at {self.rated_watts:g} W per core", "cpu", 0, method="estimated")
         self._lock = threading.Lock()
         self._processes = {self._root: _Times(0.0, 0.0)}
         self._cpu_seconds = 0.0

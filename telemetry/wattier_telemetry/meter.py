@@ -61,11 +61,11 @@ class EnergyMeter:
         if not 0 < interval_seconds < float("inf"):
             raise ValueError(f"interval_seconds is {interval_seconds}, but must be above 0")
         self._source = source
-        self._fraction = 1.0 if source.method == "estimated" else fraction
+        self._fraction = fraction
         self._interval_seconds = interval_seconds
         self._clock, self._monotonic = clock, monotonic
         longest_gap = max(1.0, _LONGEST_GAP_INTERVALS * interval_seconds)
-        self._accounts = [Account(d, source.method, longest_gap_seconds=longest_gap) for d in source.devices()]
+        self._accounts = [Account(d, d.method, longest_gap_seconds=longest_gap) for d in source.devices()]
         self._journal_path = journal
         self._journal: Journal | None = None
         self._journal_failure = ""

@@ -13,8 +13,8 @@ from typing import Any
 
 import pynvml
 
-from wattier_telemetry.records import Device, Method, Reading
-from wattier_telemetry.source import SourceUnavailable
+from wattier_telemetry.records import Device, Reading
+from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 _REASONS = {
     0x2: "application_clocks",
@@ -39,7 +39,7 @@ _UNKNOWN = (
 )
 
 
-class NvmlSource:
+class NvmlSource(PowerSource):
     """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves to this process.
 
     Raises:
@@ -47,9 +47,9 @@ class NvmlSource:
     """
 
     name = "nvml"
-    method: Method = "counter"
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole_node: bool = False) -> None:
+        self._whole_node = whole_node
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:

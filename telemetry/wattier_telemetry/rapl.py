@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wattier_telemetry.records import Device, Domain, Method, Reading
-from wattier_telemetry.source import SourceUnavailable
+from wattier_telemetry.records import Device, Domain, Reading
+from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -27,7 +27,7 @@ class _Zone:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class RaplSource:
+class RaplSource(PowerSource):
     """The CPU packages and their memory; the whole machine, whoever uses it.
 
     Args:
@@ -38,7 +38,6 @@ class RaplSource:
     """
 
     name = "rapl"
-    method: Method = "counter"
 
     def __init__(self, root: Path = POWERCAP) -> None:
         self._zones = {zone.device.uuid: zone for zone in _zones(root)}

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Domain = Literal["gpu", "cpu", "dram"]
+Domain = Literal["gpu", "cpu", "dram", "node"]
 Method = Literal["counter", "integrated", "estimated"]
+Attribution = Literal["whole", "utilization", "equal"]
 
 DOMAINS: tuple[str, ...] = get_args(Domain)
+ATTRIBUTIONS: tuple[str, ...] = get_args(Attribution)
 METHODS: tuple[str, ...] = get_args(Method)  # strongest first: a sum is only as good as its weakest part
 
 
@@ -30,14 +32,32 @@ class Device:
     Attributes:
         uuid: Unique in the world, not only on this node: reports of many nodes are added by it.
         name: What a person calls it, such as ``NVIDIA H200``.
-        domain: ``gpu``, ``cpu`` or ``dram``.
+        domain: ``gpu``, ``cpu``, ``dram`` or ``node``.
         index: Position among the source's devices, counted before any visibility mask.
+        method: How ``Reading.energy_joules`` is known, if the device gives it.
+        counter_refresh_seconds: Longest time the energy counter may stand still under load, s. 0 = it is exact at
+            every reading, or nobody knows better.
+        power_average_seconds: Time over which ``Reading.power_watts`` is averaged, s; 0 = instantaneous.
+        package_uuid: Package whose one meter the device shares with others, such as both dies of an MI250X. Its
+            readings are then its part of the package's, so that the parts add up to what the meter says.
+        pci_bus_id: Such as ``00000000:18:00.0``.
+        driver_version: Version of the kernel driver.
+        vbios_version: Version of the device's firmware.
+        serial: Serial number of the board.
     """
 
     uuid: str
     name: str
     domain: Domain
     index: int
+    method: Method = "counter"
+    counter_refresh_seconds: float = 0.0
+    power_average_seconds: float = 0.0
+    package_uuid: str | None = None
+    pci_bus_id: str | None = None
+    driver_version: str | None = None
+    vbios_version: str | None = None
+    serial: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +69,49 @@ class Reading:
         power_watts: Power now, W.
         energy_joules: Ever-growing counter with an arbitrary zero, J. Only differences mean anything.
         utilization_ratio: Share of time busy, 0 to 1.
+        memory_utilization_ratio: Share of time the memory controller was busy, 0 to 1.
         memory_used_bytes: Device memory in use, B.
         memory_total_bytes: Device memory there is, B.
         temperature_celsius: Hottest core sensor, degrees Celsius.
+        memory_temperature_celsius: Hottest memory sensor, degrees Celsius.
         clock_hertz: Compute clock, Hz.
         memory_clock_hertz: Memory clock, Hz.
+        power_limit_watts: Power cap in force, W.
+        power_limit_max_watts: Highest power cap the device allows, W.
+        ecc_corrected: Memory errors corrected since the driver loaded.
+        ecc_uncorrected: Memory errors that could not be corrected.
         throttle_reasons: What holds the clock down; empty = nothing does, None = the device cannot say.
+        throttle_seconds: For each reason the seconds it has held the clock down, ever growing; None = cannot say.
     """
 
     time_seconds: float
     power_watts: float | None = None
     energy_joules: float | None = None
     utilization_ratio: float | None = None
+    memory_utilization_ratio: float | None = None
     memory_used_bytes: float | None = None
     memory_total_bytes: float | None = None
     temperature_celsius: float | None = None
+    memory_temperature_celsius: float | None = None
     clock_hertz: float | None = None
     memory_clock_hertz: float | None = None
+    power_limit_watts: float | None = None
+    power_limit_max_watts: float | None = None
+    ecc_corrected: float | None = None
+    ecc_uncorrected: float | None = None
     throttle_reasons: tuple[str, ...] | None = None
+    throttle_seconds: Mapping[str, float] | None = None
+
+
+_SHARE_NUMBERS = (
+    "start_seconds",
+    "end_seconds",
+    "fraction",
+    "joules",
+    "coverage_ratio",
+    "joules_low",
+    "joules_high",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +120,19 @@ class Share:
 
     Attributes:
         device_uuid: Which device.
-        domain: ``gpu``, ``cpu`` or ``dram``.
+        domain: ``gpu``, ``cpu``, ``dram`` or ``node``.
         start_seconds: Wall clock at the start, seconds since 1970.
         end_seconds: Wall clock at the end.
         fraction: Part of the device this work owned, above 0 and up to 1. ``joules`` is already scaled by it.
         joules: Energy, J, or None where the device answered nothing at all.
         method: How the joules are known.
         coverage_ratio: Share of the interval that was truly measured, 0 to 1.
+        joules_low: The true energy is not below, J, as far as sampling can tell: the sensor's own calibration is not
+            in it. None = no bound stated.
+        joules_high: The true energy is not above, J. None = no bound stated.
+        attribution: How ``fraction`` is known: ``whole`` device, the device's own figures of process
+            ``utilization``, or an ``equal`` part for each.
+        throttled_seconds: Time under each throttle reason, s. None = the device cannot say.
 
     Raises:
         ValueError: If a number is not finite or out of its range.
@@ -95,10 +146,14 @@ class Share:
     joules: float | None
     method: Method
     coverage_ratio: float = 1.0
+    joules_low: float | None = None
+    joules_high: float | None = None
+    attribution: Attribution = "whole"
+    throttled_seconds: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would poison a sum later, where nobody could tell where it came from."""
-        for name in ("start_seconds", "end_seconds", "fraction", "joules", "coverage_ratio"):
+        for name in _SHARE_NUMBERS:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"share of {self.device_uuid}: {name} is {value}, but must be finite")
@@ -110,7 +165,12 @@ class Share:
             raise ValueError(f"share of {self.device_uuid}: coverage_ratio is {self.coverage_ratio}, not in [0, 1]")
         if self.joules is not None and self.joules < 0:
             raise ValueError(f"share of {self.device_uuid}: joules is {self.joules}, but must not be negative")
-        for name, allowed in (("domain", DOMAINS), ("method", METHODS)):
+        low, high = self.joules_low, self.joules_high
+        if (low is not None and low < 0) or (low is not None and high is not None and high < low):
+            raise ValueError(f"share of {self.device_uuid}: joules is between {low} and {high}, which cannot be")
+        if not all(math.isfinite(seconds) and seconds >= 0 for seconds in (self.throttled_seconds or {}).values()):
+            raise ValueError(f"share of {self.device_uuid}: throttled_seconds must not be negative or infinite")
+        for name, allowed in (("domain", DOMAINS), ("method", METHODS), ("attribution", ATTRIBUTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"share: {name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
 
@@ -184,6 +244,36 @@ class EnergyReport:
         return math.fsum(measured) if measured else None
 
     @property
+    def joules_low(self) -> float | None:
+        """The true energy is not below this, J; a share that states no bound counts as it is."""
+        return self._sum_of("joules_low")
+
+    @property
+    def joules_high(self) -> float | None:
+        """The true energy is not above this, J; a share that states no bound counts as it is."""
+        return self._sum_of("joules_high")
+
+    def _sum_of(self, bound: str) -> float | None:
+        parts = [share.joules if getattr(share, bound) is None else getattr(share, bound) for share in self.shares]
+        known = [part for part in parts if part is not None]
+        return math.fsum(known) if known else None
+
+    @property
+    def throttled_seconds(self) -> dict[str, float]:
+        """Device time under each throttle reason, s; only reasons that acted."""
+        total: dict[str, float] = {}
+        for share in self.shares:
+            for reason, seconds in (share.throttled_seconds or {}).items():
+                total[reason] = total.get(reason, 0.0) + seconds
+        return {reason: total[reason] for reason in sorted(total) if total[reason] > 0}
+
+    @property
+    def throttled_ratio(self) -> float | None:
+        """Share of device time under the most frequent throttle reason, 0 to 1; None = no device can say."""
+        telling = math.fsum(share.seconds for share in self.shares if share.throttled_seconds is not None)
+        return min(1.0, max(self.throttled_seconds.values(), default=0.0) / telling) if telling > 0 else None
+
+    @property
     def method(self) -> Method | None:
         """The weakest method among the measured shares, or None if nothing was measured."""
         return weakest(share.method for share in self.shares if share.joules is not None)
@@ -238,17 +328,22 @@ def _coverage_ratio(shares: tuple[Share, ...]) -> float:
 
 
 def _share(data: Any, where: str) -> Share:
-    names = {f.name for f in fields(Share)}
-    table = _table(data, where, required=names - {"coverage_ratio"}, optional={"coverage_ratio"})
-    for name in ("device_uuid", "domain", "method"):
-        if not isinstance(table[name], str):
+    optional = {f.name for f in fields(Share) if f.default is not MISSING}
+    table = _table(data, where, required={f.name for f in fields(Share)} - optional, optional=optional)
+    for name in ("device_uuid", "domain", "method", "attribution"):
+        if not isinstance(table.get(name, ""), str):
             raise ValueError(f"{where}: {name} must be a string, not {table[name]!r}")
+    may_be_none = ("joules", "joules_low", "joules_high")
     numbers = {
         name: _number(table, name, where)
-        for name in ("start_seconds", "end_seconds", "fraction", "joules", "coverage_ratio")
-        if name in table and not (name == "joules" and table[name] is None)
+        for name in _SHARE_NUMBERS
+        if name in table and not (name in may_be_none and table[name] is None)
     }
-    return Share(**{**table, **numbers})
+    throttled = table.get("throttled_seconds")
+    if throttled is not None:
+        _table(throttled, f"{where}: throttled_seconds", required=set(), optional=throttled)
+        throttled = {reason: _number(throttled, reason, f"{where}: throttled_seconds") for reason in throttled}
+    return Share(**{**table, **numbers, "throttled_seconds": throttled})
 
 
 def _table(data: Any, where: str, *, required: set[str], optional: Collection[str] = ()) -> Mapping[str, Any]:

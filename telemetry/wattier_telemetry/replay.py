@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wattier_telemetry.records import Device, Method, Reading
-from wattier_telemetry.source import SourceUnavailable
+from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 _COLUMNS = ["time_seconds", "device", "power_watts"]
 
@@ -28,7 +28,7 @@ class _Trace:
     joules: list[float] = field(default_factory=list)  # at each time, recorded or integrated
 
 
-class ReplaySource:
+class ReplaySource(PowerSource):
     """Devices whose power was recorded earlier.
 
     Power runs straight between two lines; its exact integral from the first line on is the energy counter, so two
@@ -52,11 +52,6 @@ class ReplaySource:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise SourceUnavailable(f"{path}: cannot be read: {error}") from error
         self._recorded, self._traces = _parse(path, lines)
-
-    @property
-    def method(self) -> Method:
-        """``counter`` if the file recorded one, else ``integrated``."""
-        return "counter" if self._recorded else "integrated"
 
     def devices(self) -> tuple[Device, ...]:
         """Return the devices in the order in which the file first names them."""
@@ -107,6 +102,7 @@ def _parse(path: Path, lines: list[list[str]]) -> tuple[bool, dict[str, _Trace]]
 
 
 def _add_line(where: str, header: list[str], cells: list[str], traces: dict[str, _Trace]) -> None:
+    method: Method = "counter" if len(header) == 4 else "integrated"
     if len(cells) != len(header):
         raise SourceUnavailable(f"{where} has {len(cells)} cells, but must have {len(header)}: {','.join(header)}")
     numbers: dict[str, float] = {}
@@ -124,7 +120,7 @@ def _add_line(where: str, header: list[str], cells: list[str], traces: dict[str,
         raise SourceUnavailable(f"{where}: device is empty")
     if numbers["power_watts"] < 0:
         raise SourceUnavailable(f"{where}: power_watts is {numbers['power_watts']:g}, but must not be negative")
-    trace = traces.setdefault(name, _Trace(Device(name, name, "gpu", len(traces))))
+    trace = traces.setdefault(name, _Trace(Device(name, name, "gpu", len(traces), method=method)))
     if trace.times and numbers["time_seconds"] <= trace.times[-1]:
         raise SourceUnavailable(f"{where}: time_seconds of {name} must grow from line to line")
     trace.times.append(numbers["time_seconds"])
