@@ -1,69 +1,195 @@
-"""The arithmetic of the meter for one device: readings in, joules out; no clock, no thread, no file."""
+"""The arithmetic of the meter for one device: readings in, joules out; no clock, no thread, no file.
+
+An energy counter is exact only at the moments when it is refreshed, on many GPUs every 100 ms. A window that opens and
+closes between two refreshes would be wrong by up to one refresh at full power, at both of its edges. So the account
+looks for the *ticks*, the readings at which the counter has moved, and cuts the refresh interval that holds an edge in
+proportion (``_cut``). Between the first and the last tick the counter is taken as it is.
+"""
 
 from __future__ import annotations
 
-from wattier_telemetry.records import Device, Method, Reading, Share, weakest
+from dataclasses import dataclass
+
+from wattier_telemetry.records import Attribution, Device, Method, Reading, Share, weakest
+
+CLOCK_SETTINGS = ("application_clocks", "display_clocks")  # somebody's choice of clocks, which is not throttling
+_STUCK_SECONDS = 1.0  # a counter that stands still so long under power is not believed
+_CHECKED_SECONDS, _CHECKED_READINGS = 3.0, 30  # before counter and power samples are held against each other
+_DISTRUST_RATIO, _DOUBT_RATIO = 2.0, 1.3
+_COARSE_SECONDS = 0.01  # a counter that is refreshed more often needs no care at the edges
+_RECENT_SECONDS = 1.0
+_FAST_SECONDS = 0.02  # between two power samples closer than this the power is taken to run straight
+
+
+@dataclass(slots=True)
+class _Integral:
+    """Sampled power over a span of time; ``joules`` is worth nothing where some power was not ``known``."""
+
+    seconds: float = 0.0
+    joules: float = 0.0
+    slack_joules: float = 0.0
+    coarse_seconds: float = 0.0  # part of the span in which the samples lay far apart
+    known: bool = True
+
+    def add(self, other: _Integral) -> None:
+        self.seconds += other.seconds
+        self.joules += other.joules
+        self.slack_joules += other.slack_joules
+        self.coarse_seconds += other.coarse_seconds
+        self.known = self.known and other.known
+
+    def part(self, seconds: float) -> _Integral:
+        """Return the first seconds of a span over which the power is taken as even."""
+        share = max(0.0, min(1.0, seconds / self.seconds)) if self.seconds > 0 else 0.0
+        return _Integral(
+            share * self.seconds,
+            share * self.joules,
+            share * self.slack_joules,
+            share * self.coarse_seconds,
+            self.known,
+        )
+
+
+@dataclass(slots=True)
+class _Edge:
+    """A refresh interval that holds an edge of the window, between the edge and the tick after it."""
+
+    seconds: float  # from the edge to the tick
+    tick_joules: float  # by which the counter moved
+    gap_seconds: float  # in which the tick happened, unseen
+    power: _Integral
 
 
 class Account:
     """Adds up the energy of one device from one reading to the next.
 
-    A counter's difference is taken where both readings have one, otherwise the trapezoid of two power samples.
+    A counter's difference is taken where there is a counter, otherwise the trapezoid of two power samples.
 
     Args:
         device: Whose account this is.
         method: How the source knows its counter.
         longest_gap_seconds: Two power samples further apart are still billed, but what lay between them was not
             seen, so it does not count as covered. A counter misses nothing, however far apart its readings are.
+        fraction: Part of the device that the work owns, until `add` says otherwise.
     """
 
-    def __init__(self, device: Device, method: Method, *, longest_gap_seconds: float) -> None:
+    def __init__(self, device: Device, method: Method, *, longest_gap_seconds: float, fraction: float = 1.0) -> None:
         self.device = device
-        self.joules = 0.0
         self.covered_seconds = 0.0
         self.power_watts: float | None = None  # the latest known, for reservations
         self._source_method = method
-        self._methods: set[Method] = set()
         self._longest_gap_seconds = longest_gap_seconds
+        self._methods: set[Method] = set()
         self._first_time: float | None = None
+        self._answered_at: float | None = None
+        self._closed_at: float | None = None
         self._last: tuple[float, Reading] | None = None
-        self._backward_steps = 0
-        self._readings = 0
-        self._failures = 0
+        self._counter: tuple[float, float] | None = None  # time and joules of the latest reading that had a counter
+        # Edges: the first and the last refresh interval of the window.
+        self._refresh_seconds = device.counter_refresh_seconds
+        self._learned = False  # whether the refresh time was measured
+        self._first_tick_at: float | None = None
+        self._opening: _Edge | None = None
+        self._closing: _Edge | None = None
+        self._end_can_be_cut = False
+        # Between them: what the ticks say, and the sampled power since the last of them.
+        self._booked_joules = 0.0
+        self._integrated = _Integral()
+        self._pending = _Integral()
+        self._tail = _Integral()
+        self._recent_watts: float | None = None  # as the counter has it
+        self._unseen_seconds = 0.0  # of which nothing at all is known
+        # What may contradict the counter, and how far power has been seen to swing.
+        self._counted_joules, self._sampled, self._compared = 0.0, _Integral(), 0
+        self._power = _Integral()
+        self._lowest_watts, self._highest_watts = float("inf"), 0.0
+        self._limit_watts: float | None = None
+        self._fraction, self._weights, self._weighted = fraction, 0.0, 0.0
+        self._throttled: dict[str, float] | None = None
+        self._stuck_seconds = 0.0
+        self._backward_steps = self._readings = self._failures = 0
         self._failure = ""
 
     def preview(self, reading: Reading) -> None:
         """Learn the power before the window opens, without billing anything."""
         self.power_watts = reading.power_watts
+        self._see_power(reading)
 
-    def add(self, time_seconds: float, reading: Reading) -> None:
+    @property
+    def joules(self) -> float:
+        """Energy of the whole device so far, J; before `close` its latest moments are still an estimate."""
+        return self._estimate()[0]
+
+    @property
+    def wants_fast_readings(self) -> bool:
+        """Whether the edge at the start still waits for its two ticks, which close readings would time better."""
+        waited = 0.0 if self._first_time is None or self._last is None else self._last[0] - self._first_time
+        return self._coarse_counter and not self._learned and waited < 4 * self._refresh_seconds
+
+    @property
+    def settled(self) -> bool:
+        """Whether the edge at the end is known as well as it will be."""
+        return self._closing is not None or not self._end_can_be_cut
+
+    @property
+    def refresh_seconds(self) -> float:
+        """Time between two refreshes of the counter, s: as measured, else as the source says."""
+        return self._refresh_seconds
+
+    def add(self, time_seconds: float, reading: Reading, fraction: float | None = None) -> None:
         """Book the step since the last reading; ``time_seconds`` is any clock that never jumps."""
         self._readings += 1
+        self._see_power(reading)
         last, self._last = self._last, (time_seconds, reading)
-        if reading.power_watts is not None:
-            self.power_watts = reading.power_watts
+        self._answered_at = time_seconds
         if last is None:
             self._first_time = time_seconds
+            if reading.energy_joules is not None:
+                self._counter = (time_seconds, reading.energy_joules)
             return
-        seconds, before = time_seconds - last[0], last[1]
-        if before.energy_joules is not None and reading.energy_joules is not None:
-            step = reading.energy_joules - before.energy_joules
-            if step >= 0:
-                self._book(step, seconds, self._source_method)
-                if reading.power_watts is None and seconds > 0:
-                    self.power_watts = step / seconds
-                return
-            self._backward_steps += 1  # seen on MI100, and after a driver reset: this step cannot be told by it
-        if before.power_watts is not None and reading.power_watts is not None:
-            covered = seconds if seconds <= self._longest_gap_seconds else 0.0
-            method = weakest((self._source_method, "integrated"))
-            self._book((before.power_watts + reading.power_watts) / 2 * seconds, covered, method or "integrated")
+        step = _trapezoid(last, (time_seconds, reading))
+        self._power.add(step)
+        moved = None
+        if reading.energy_joules is not None:
+            before, self._counter = self._counter, (time_seconds, reading.energy_joules)
+            moved = None if before is None else reading.energy_joules - before[1]
+        if moved is not None:
+            self._count(moved, step, time_seconds)
+        elif self._counter is None:
+            self._integrate(step)
+        else:  # the counter did not answer this time: its next answer will hold this step too
+            self._pending.add(step)
+        self._weigh(step, moved, self._fraction if fraction is None else fraction)
+        self._note_throttling(last[1], reading, step.seconds)
 
     def fail(self, error: Exception) -> None:
         """Note that the device did not answer; the next reading that does is joined to the last one that did."""
         self._readings += 1
         self._failures += 1
         self._failure = " ".join(str(error).split())
+
+    def close(self, time_seconds: float) -> None:
+        """End the window at its last reading; what `look_back` is given afterwards is not billed."""
+        self._closed_at = time_seconds
+        answered = self._last is not None and self._last[0] == time_seconds
+        self._end_can_be_cut = answered and self._coarse_counter and self._opening is not None
+
+    def look_back(self, time_seconds: float, reading: Reading) -> None:
+        """Use a reading from just after the window: the next tick tells where in its interval the end lay."""
+        if self.settled or self._closed_at is None or self._counter is None or self._last is None:
+            return
+        self._see_power(reading)
+        step = _trapezoid(self._last, (time_seconds, reading))
+        self._last = (time_seconds, reading)
+        moved = 0.0 if reading.energy_joules is None else reading.energy_joules - self._counter[1]
+        if moved < 0:
+            self._end_can_be_cut = False
+        elif moved == 0:
+            self._tail.add(step)
+        else:
+            gap = min(step.seconds, self._refresh_seconds)
+            self._tail.add(step.part(step.seconds - gap / 2))
+            self._closing = _Edge(max(0.0, time_seconds - gap / 2 - self._closed_at), moved, gap, self._tail)
 
     def reservation_joules(self, seconds: float) -> float:
         """Return what the device may draw in the coming seconds: the larger of its present and its mean power, J."""
@@ -72,12 +198,24 @@ class Account:
             watts = max(watts, self.joules / (self._last[0] - self._first_time))
         return watts * seconds
 
-    def share(self, start_seconds: float, seconds: float, *, fraction: float, reserved_seconds: float = 0.0) -> Share:
+    def share(
+        self,
+        start_seconds: float,
+        seconds: float,
+        *,
+        reserved_seconds: float = 0.0,
+        attribution: Attribution = "whole",
+    ) -> Share:
         """Return the share over ``seconds`` from the start, with a reservation behind it if asked."""
-        total_seconds, joules = seconds + reserved_seconds, self.joules
+        joules, low, high = self._estimate()
+        total_seconds = seconds + reserved_seconds
+        if self._answered_at is not None and self._first_time is not None:
+            high += max(0.0, seconds - (self._answered_at - self._first_time)) * self._possible_watts()
         if reserved_seconds:
-            joules += self.reservation_joules(reserved_seconds)
+            reserved = self.reservation_joules(reserved_seconds)
+            joules, high = joules + reserved, high + reserved
         known = bool(self._methods) or joules > 0
+        fraction = self._mean_fraction()
         return Share(
             device_uuid=self.device.uuid,
             domain=self.device.domain,
@@ -87,24 +225,230 @@ class Account:
             joules=joules * fraction if known else None,
             method=weakest(self._methods) or self._source_method,
             coverage_ratio=min(1.0, self.covered_seconds / total_seconds) if total_seconds > 0 else float(known),
+            joules_low=low * fraction if known else None,
+            joules_high=high * fraction if known else None,
+            attribution=attribution,
+            throttled_seconds=self._throttled,
         )
 
     def warnings(self) -> list[str]:
         """Return what went wrong, in one sentence each."""
-        found = []
+        who, found = f"{self.device.name} {self.device.uuid}: ", []
         if self._backward_steps:
             found.append(
-                f"{self.device.name} {self.device.uuid}: its energy counter went backward {self._backward_steps} "
+                f"{who}its energy counter went backward {self._backward_steps} "
                 "time(s); power samples, where there are any, replace it for these steps"
             )
+        if self._is_stuck or self._stuck_seconds:
+            found.append(f"{who}its energy counter stood still under power; power samples replace it there")
+        ratio = self._counter_to_power_ratio()
+        if ratio is not None and not 1 / _DOUBT_RATIO <= ratio <= _DOUBT_RATIO:
+            verdict = "the larger is billed" if self._is_distrusted else "the counter is billed"
+            found.append(f"{who}its energy counter says {ratio:.2f} of what its power samples say; {verdict}")
         if self._failures:
-            found.append(
-                f"{self.device.name} {self.device.uuid}: {self._failures} of {self._readings} readings failed, "
-                f"the last with: {self._failure}"
-            )
+            found.append(f"{who}{self._failures} of {self._readings} readings failed, the last with: {self._failure}")
         return found
 
-    def _book(self, joules: float, covered_seconds: float, method: Method) -> None:
-        self.joules += joules
-        self.covered_seconds += covered_seconds
-        self._methods.add(method)
+    # -- booking -------------------------------------------------------------------------------------------------
+
+    def _count(self, moved: float, step: _Integral, time_seconds: float) -> None:
+        """Book what the counter did in a step."""
+        if moved < 0:  # seen on MI100, and after a driver reset: this step cannot be told by the counter
+            self._backward_steps += 1
+            if self._coarse_counter or self._is_stuck:
+                self._pending.add(step)
+                step, self._pending = self._pending, _Integral()
+            self._integrate(self._with_recent_rate(step))
+            return
+        self._methods.add(self._source_method)
+        self.covered_seconds += step.seconds
+        if moved == 0 and (self._coarse_counter or step.known):
+            self._pending.add(step)
+            return
+        if self._coarse_counter:
+            gap = min(step.seconds, self._refresh_seconds)
+            self._learn_refresh(time_seconds - gap / 2, gap, step.seconds)
+            if self._opening is None:
+                self._pending.add(step.part(step.seconds - gap / 2))
+                edge_seconds = max(0.0, time_seconds - gap / 2 - (self._first_time or 0.0))
+                self._opening = _Edge(edge_seconds, moved, gap, self._pending)
+                self._pending = _Integral()
+                return
+        self._pending.add(step)
+        self._book_tick(moved)
+
+    def _book_tick(self, moved: float) -> None:
+        pending, self._pending = self._pending, _Integral()
+        if pending.known:
+            self._counted_joules += moved
+            self._sampled.add(pending)
+            self._compared += 1
+        if pending.known and pending.seconds >= self._stuck_after_seconds and moved < 0.5 * pending.joules:
+            self._stuck_seconds += pending.seconds
+            self._methods.add("integrated")
+            self._integrated.add(pending)
+            return
+        self._booked_joules += moved
+        if pending.seconds > 0:
+            rate = moved / pending.seconds
+            before = rate if self._recent_watts is None else self._recent_watts
+            self._recent_watts = before + (rate - before) * min(1.0, pending.seconds / _RECENT_SECONDS)
+            if not pending.known:
+                self.power_watts = rate
+
+    def _with_recent_rate(self, span: _Integral) -> _Integral:
+        """Return a span whose energy is half what was sampled in it and half what the counter lately said.
+
+        Samples are the better guess for a load that changes slowly, the mean for one that changes between them.
+        """
+        if not span.known or self._recent_watts is None:
+            return span
+        usual = self._recent_watts * span.seconds
+        slack = span.slack_joules + abs(usual - span.joules) / 2
+        return _Integral(span.seconds, (span.joules + usual) / 2, slack, span.coarse_seconds)
+
+    def _integrate(self, step: _Integral) -> None:
+        if not step.known:
+            self._unseen_seconds += step.seconds
+            return
+        self._integrated.add(step)
+        self.covered_seconds += step.seconds if step.seconds <= self._longest_gap_seconds else 0.0
+        self._methods.add(weakest((self._source_method, "integrated")) or "integrated")
+
+    def _learn_refresh(self, tick_at: float, gap: float, seconds: float) -> None:
+        """Take the time between the first two ticks, if the readings were close enough to see both."""
+        if self._first_tick_at is None:
+            self._first_tick_at = tick_at
+        elif not self._learned and seconds <= gap:
+            self._learned = True
+            self._refresh_seconds = min(tick_at - self._first_tick_at, 2 * self.device.counter_refresh_seconds)
+
+    def _weigh(self, step: _Integral, moved: float | None, fraction: float) -> None:
+        """Remember whose energy it was: the mean fraction is weighted by energy, or by time where there is none."""
+        weight = step.joules if step.known else max(0.0, moved or 0.0)
+        weight = weight or 1e-12 * step.seconds
+        self._weights += weight
+        self._weighted += weight * fraction
+
+    def _note_throttling(self, before: Reading, now: Reading, seconds: float) -> None:
+        counted = {}
+        if before.throttle_seconds is not None and now.throttle_seconds is not None:
+            counted = {
+                reason: max(0.0, total - before.throttle_seconds.get(reason, total))
+                for reason, total in now.throttle_seconds.items()
+            }
+        elif now.throttle_reasons is None:
+            return
+        sampled = dict.fromkeys(now.throttle_reasons or (), seconds)
+        self._throttled = self._throttled or {}
+        for reason, duration in {**sampled, **counted}.items():
+            if reason not in CLOCK_SETTINGS:
+                self._throttled[reason] = self._throttled.get(reason, 0.0) + min(duration, seconds)
+
+    def _see_power(self, reading: Reading) -> None:
+        if reading.power_limit_watts is not None:
+            self._limit_watts = reading.power_limit_watts
+        if reading.power_watts is not None:
+            if self._closed_at is None:
+                self.power_watts = reading.power_watts
+            self._lowest_watts = min(self._lowest_watts, reading.power_watts)
+            self._highest_watts = max(self._highest_watts, reading.power_watts)
+
+    # -- judging -------------------------------------------------------------------------------------------------
+
+    @property
+    def _coarse_counter(self) -> bool:
+        return self.device.counter_refresh_seconds >= _COARSE_SECONDS and self._counter is not None
+
+    @property
+    def _stuck_after_seconds(self) -> float:
+        return max(_STUCK_SECONDS, 10 * self._refresh_seconds)
+
+    @property
+    def _is_stuck(self) -> bool:
+        pending = self._pending
+        return pending.known and pending.seconds >= self._stuck_after_seconds and pending.joules > 0
+
+    @property
+    def _is_distrusted(self) -> bool:
+        ratio = self._counter_to_power_ratio()
+        return ratio is not None and not 1 / _DISTRUST_RATIO <= ratio <= _DISTRUST_RATIO
+
+    def _counter_to_power_ratio(self) -> float | None:
+        """Return the counter's joules over those of the samples, once there are enough of both."""
+        enough = self._sampled.seconds >= _CHECKED_SECONDS and self._compared >= _CHECKED_READINGS
+        return self._counted_joules / self._sampled.joules if enough and self._sampled.joules > 0 else None
+
+    def _possible_watts(self) -> float:
+        """Return the most the device may have drawn while nobody looked."""
+        seen = max(self._highest_watts, self.power_watts or 0.0)
+        return max(seen, self._limit_watts or 0.0)
+
+    def _swing_watts(self) -> float:
+        """Return how far apart power may have been within a refresh interval."""
+        if self.device.power_average_seconds > self._refresh_seconds or self._highest_watts == 0.0:
+            return self._possible_watts()  # an average hides the swing
+        return self._highest_watts - self._lowest_watts
+
+    def _mean_fraction(self) -> float:
+        fraction = self._weighted / self._weights if self._weights > 0 else self._fraction
+        return min(1.0, max(fraction, 1e-6))
+
+    def _estimate(self) -> tuple[float, float, float]:
+        """Return the energy so far and what it lies between, J."""
+        joules = self._booked_joules + self._integrated.joules
+        slack = self._slack_joules(self._integrated)
+        if self._opening is not None:
+            estimate, error = self._cut(self._opening)
+            joules, slack = joules + estimate, slack + error
+        if self._closing is not None:
+            estimate, error = self._cut(self._closing)
+            joules, slack = joules + self._closing.tick_joules - estimate, slack + error
+        elif self._coarse_counter or self._is_stuck:
+            if self._is_stuck:
+                self._methods.add("integrated")
+            joules += self._pending.joules
+            slack += self._slack_joules(self._pending)
+            if self._coarse_counter:  # the last tick came before the reading that showed it
+                slack += self._refresh_seconds * max(self._highest_watts, self.power_watts or 0.0)
+        low, high = max(0.0, joules - slack), joules + slack + self._unseen_seconds * self._possible_watts()
+        if self._is_distrusted:
+            self._methods.add("integrated")
+            low, high = min(low, self._power.joules), max(high, self._power.joules)
+            joules = max(joules, self._power.joules)
+        return joules, low, high
+
+    def _cut(self, edge: _Edge) -> tuple[float, float]:
+        """Return the energy between an edge and the tick after it, and how wrong that may be, J.
+
+        Two estimates: the tick's joules in proportion to time, and the sampled power. The first needs no honest
+        power field, so it is billed; where power swings, the second bounds how wrong it is.
+        """
+        refresh, seconds = self._refresh_seconds, edge.seconds
+        even = edge.gap_seconds < refresh and seconds <= refresh
+        whole = refresh if even else max(refresh, seconds + refresh / 2)  # time in which the tick's joules were spent
+        estimate = edge.tick_joules * min(1.0, seconds / whole)
+        rate = edge.tick_joules / whole
+        swing = max(self._swing_watts(), 0.0)
+        error = seconds * max(0.0, whole - seconds) / whole * swing
+        error += edge.gap_seconds / 2 * max(rate, self._highest_watts)
+        if not even:
+            error += refresh / 2 * max(rate, self._highest_watts)
+        if edge.power.known and self.device.power_average_seconds <= refresh:
+            error += abs(edge.power.joules - estimate)
+        return estimate, error
+
+    def _slack_joules(self, integral: _Integral) -> float:
+        """Return how wrong a sum of samples may be: half the swing wherever nobody looked for long."""
+        lag = self.device.power_average_seconds * self._swing_watts() if integral.seconds > 0 else 0.0
+        return integral.slack_joules + integral.coarse_seconds * self._swing_watts() / 2 + lag
+
+
+def _trapezoid(before: tuple[float, Reading], now: tuple[float, Reading]) -> _Integral:
+    """Return the energy between two power samples, J."""
+    seconds, first, last = now[0] - before[0], before[1].power_watts, now[1].power_watts
+    if first is None or last is None:
+        return _Integral(seconds, known=False)
+    coarse = seconds if seconds > _FAST_SECONDS else 0.0
+    slack = 0.0 if coarse else abs(first - last) / 2 * seconds
+    return _Integral(seconds, (first + last) / 2 * seconds, slack, coarse)

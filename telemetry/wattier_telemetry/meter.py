@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import threading
 import time
 from collections import deque
@@ -10,13 +12,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 from wattier_telemetry.account import Account
 from wattier_telemetry.journal import Journal
-from wattier_telemetry.records import EnergyReport
+from wattier_telemetry.records import Attribution, Device, EnergyReport
 from wattier_telemetry.source import PowerSource
 
 _FIRST_TICK_SECONDS = 0.01  # a source without a power field shows its power only at its second reading
-_RESERVED_INTERVALS = 3.0
+_EDGE_SECONDS = 0.005  # between two readings while a tick of the counter is awaited
+_EDGE_REFRESHES = 3  # a counter that has not moved for so long after the end will not tell the end
+_JITTER = 0.2  # of the interval: samples in step with a load that pulsates would see only one side of it
+_RESERVED_INTERVALS = 2.5
 _LONGEST_GAP_INTERVALS = 5.0
 
 
@@ -29,16 +36,23 @@ class EnergyMeter:
         meter.report.joules
 
     A background thread reads every device each interval and rewrites the journal: energy so far plus a reservation
-    for three intervals to come (or three times the longest recent stall of the thread, if that is longer), at the
-    larger of present and mean power. A process that is killed is therefore billed a little too much, not too little,
-    as long as its power does not rise and no new stall is longer than that.
+    for two and a half intervals to come (or so many times the longest recent stall of the thread, if that is longer)
+    at the larger of present and mean power. A process that is killed is therefore billed a little too much, not too
+    little, as long as its power does not rise and no new stall is longer than that.
+
+    Windows may nest and run side by side, one meter each, over one source. At the edges of a window whose counter is
+    refreshed only now and then, the meter reads quickly until the next refresh (see `Account`): for up to two
+    refreshes after the start, in the background, and for up to one after the end, before `close` returns.
 
     Args:
         source: What to read; it stays open, for it is the caller's.
         journal: File ``*.energy.json`` for the journal. If it exists, a free name beside it is used.
-        fraction: Part of each device that this work owns. An estimated source counts only this process, so its
-            joules are never scaled.
-        interval_seconds: Time between two readings, s.
+        fraction: Part of each device that this work owns. Below 1, what the driver tells of the processes on the
+            device takes its place where it tells: then the share is this process's (and its children's) part of
+            their utilization. An estimated device counts only this process, so its joules are never scaled.
+        interval_seconds: Time between two readings, s; each is up to a fifth shorter or longer.
+        synchronize: Called at both edges before the reading, to wait for work that was only queued, such as
+            ``torch.cuda.synchronize``.
         clock: Wall clock for the edges of shares, seconds since 1970.
         monotonic: Clock for durations, s.
 
@@ -53,6 +67,7 @@ class EnergyMeter:
         journal: Path | None = None,
         fraction: float = 1.0,
         interval_seconds: float = 0.1,
+        synchronize: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -61,20 +76,30 @@ class EnergyMeter:
         if not 0 < interval_seconds < float("inf"):
             raise ValueError(f"interval_seconds is {interval_seconds}, but must be above 0")
         self._source = source
-        self._fraction = fraction
         self._interval_seconds = interval_seconds
         self._clock, self._monotonic = clock, monotonic
         longest_gap = max(1.0, _LONGEST_GAP_INTERVALS * interval_seconds)
-        self._accounts = [Account(d, d.method, longest_gap_seconds=longest_gap) for d in source.devices()]
+        self._accounts = [
+            Account(
+                device,
+                device.method,
+                longest_gap_seconds=longest_gap,
+                fraction=1.0 if device.method == "estimated" else fraction,
+            )
+            for device in source.devices()
+        ]
+        self._synchronize = synchronize
+        self._owners = _Owners(source, fraction)
         self._journal_path = journal
         self._journal: Journal | None = None
         self._journal_failure = ""
+        self._notes: list[str] = []
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._start_seconds = 0.0
         self._opened_at: float | None = None
-        self._sampled_at = 0.0
+        self._sampled_at = self._journaled_at = 0.0
         self._gaps: deque[float] = deque(maxlen=16)
         self._report: EnergyReport | None = None
 
@@ -87,12 +112,13 @@ class EnergyMeter:
                 account.preview(self._source.read(account.device))
             except Exception:  # noqa: BLE001  (the first sample will report it)
                 continue
+        self._wait_for_the_device()
         if self._journal_path is not None:
             self._journal = Journal(self._journal_path)
             self._start_seconds = self._clock()
             self._journal.write(self._build(0.0, reserved_seconds=self._horizon_seconds()))
         self._start_seconds, self._opened_at = self._clock(), self._monotonic()
-        self._sampled_at = self._opened_at
+        self._sampled_at = self._journaled_at = self._opened_at
         self._sample(self._opened_at)
         self._thread = threading.Thread(target=self._run, name="wattier-energy-meter", daemon=True)
         self._thread.start()
@@ -111,10 +137,14 @@ class EnergyMeter:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        self._wait_for_the_device()
         with self._lock:
             now = self._monotonic()
             self._sample(now, journal=False)
-            self._report = self._build(now - self._opened_at)
+            try:
+                self._look_back(now)
+            finally:
+                self._report = self._build(now - self._opened_at)
             if self._journal is not None:
                 try:
                     self._journal.finish(self._report)
@@ -154,23 +184,56 @@ class EnergyMeter:
         while not self._stop.wait(delay):
             with self._lock:
                 now = self._monotonic()
-                self._sample(now)
-            delay = max(0.0, self._interval_seconds - (self._monotonic() - now))
+                self._sample(now, journal=now - self._journaled_at >= self._interval_seconds / 2)
+                fast = any(account.wants_fast_readings for account in self._accounts)
+            if fast:
+                delay = _EDGE_SECONDS
+            else:
+                interval = self._interval_seconds * random.uniform(1 - _JITTER, 1 + _JITTER)
+                delay = max(0.0, interval - (self._monotonic() - now))
 
     def _sample(self, now: float, *, journal: bool = True) -> None:
         """Read every device; one time for all, so that a window in which all answered is covered exactly."""
         for account in self._accounts:
             try:
-                account.add(now, self._source.read(account.device))
+                reading = self._source.read_energy(account.device)
+                account.add(now, reading, self._owners.fraction_of(account.device))
             except Exception as error:  # noqa: BLE001  (whatever a source raises, the other devices must be billed)
                 account.fail(error)
         self._gaps.append(now - self._sampled_at)
         self._sampled_at = now
         if journal and self._journal is not None and self._opened_at is not None:
+            self._journaled_at = now
             try:
                 self._journal.write(self._build(now - self._opened_at, reserved_seconds=self._horizon_seconds()))
             except OSError as failure:
                 self._journal_failure = str(failure)
+
+    def _look_back(self, closed_at: float) -> None:
+        """Read on until the counters have moved once more; only then is it known what they held at the end."""
+        for account in self._accounts:
+            account.close(closed_at)
+        waiting = [account for account in self._accounts if not account.settled]
+        longest = max((account.refresh_seconds for account in waiting), default=0.0)
+        for _ in range(round(_EDGE_REFRESHES * longest / _EDGE_SECONDS)):
+            if not waiting:
+                break
+            time.sleep(_EDGE_SECONDS)
+            for account in waiting:
+                try:
+                    reading = self._source.read_energy(account.device)
+                except Exception:  # noqa: BLE001  (the window is over: its end stays an estimate)
+                    continue
+                account.look_back(self._monotonic(), reading)
+            waiting = [account for account in waiting if not account.settled]
+
+    def _wait_for_the_device(self) -> None:
+        if self._synchronize is None:
+            return
+        try:
+            self._synchronize()
+        except Exception as error:  # noqa: BLE001  (a device that cannot be waited for must still be billed)
+            self._notes.append(f"the device could not be waited for: {error}")
 
     def _horizon_seconds(self) -> float:
         """Return how long the journal must last: a thread starved once will be starved again."""
@@ -178,10 +241,55 @@ class EnergyMeter:
 
     def _build(self, seconds: float, *, reserved_seconds: float = 0.0) -> EnergyReport:
         shares = [
-            account.share(self._start_seconds, seconds, fraction=self._fraction, reserved_seconds=reserved_seconds)
+            account.share(
+                self._start_seconds,
+                seconds,
+                reserved_seconds=reserved_seconds,
+                attribution=self._owners.attribution_of(account.device),
+            )
             for account in self._accounts
         ]
-        warnings = [text for account in self._accounts for text in account.warnings()]
+        warnings = self._notes + [text for account in self._accounts for text in account.warnings()]
         if self._journal_failure:
             warnings.append(f"the journal {self.journal} could not be written: {self._journal_failure}")
         return EnergyReport.of(shares, warnings)
+
+
+class _Owners:
+    """Whose a shared device is at the moment: this process's part of its utilization, or an equal part for each."""
+
+    def __init__(self, source: PowerSource, fraction: float) -> None:
+        self._source = source
+        self._fraction = fraction
+        self._told: set[str] = set()  # devices that have told, at least once
+        self._processes: frozenset[int] = frozenset()
+        self._next_scan = 0.0
+
+    def fraction_of(self, device: Device) -> float | None:
+        """Return the part of a device, or None where it is what the meter was told."""
+        if self._fraction == 1 or device.method == "estimated":
+            return None
+        busy = self._source.busy_by_pid(device)
+        total = sum(busy.values())
+        if total <= 0 or not any(psutil.pid_exists(pid) for pid in busy):  # pids of another namespace mean nothing
+            return None
+        self._told.add(device.uuid)
+        own = self._own()
+        return sum(ratio for pid, ratio in busy.items() if pid in own) / total
+
+    def attribution_of(self, device: Device) -> Attribution:
+        """Return how the part of a device is known."""
+        if self._fraction == 1 or device.method == "estimated":
+            return "whole"
+        return "utilization" if device.uuid in self._told else "equal"
+
+    def _own(self) -> frozenset[int]:
+        now = time.monotonic()
+        if now >= self._next_scan:
+            self._next_scan = now + 1.0
+            try:
+                children = psutil.Process().children(recursive=True)
+            except psutil.Error:
+                children = []
+            self._processes = frozenset((os.getpid(), *(child.pid for child in children)))
+        return self._processes
