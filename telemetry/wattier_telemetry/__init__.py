@@ -12,7 +12,6 @@ no share twice. ``wattier-telemetry doctor`` says what this machine can measure;
 """
 
 from wattier_telemetry.doctor import Finding, diagnose
-from wattier_telemetry.exporter import Exporter, TelemetryCollector, serve
 from wattier_telemetry.journal import bill, read_journal
 from wattier_telemetry.meter import EnergyMeter
 from wattier_telemetry.records import Device, Domain, EnergyReport, Method, Reading, Share
@@ -24,19 +23,16 @@ __all__ = [
     "Domain",
     "EnergyMeter",
     "EnergyReport",
-    "Exporter",
     "Finding",
     "Method",
     "PowerSource",
     "Reading",
     "Share",
     "SourceUnavailable",
-    "TelemetryCollector",
     "TrialRegistration",
     "bill",
     "diagnose",
     "open_source",
     "read_journal",
     "read_registrations",
-    "serve",
 ]

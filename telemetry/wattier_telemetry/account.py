@@ -8,56 +8,15 @@ proportion (``_cut``). Between the first and the last tick the counter is taken 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from wattier_telemetry.integral import Edge, PowerIntegral, trapezoid
 from wattier_telemetry.records import Attribution, Device, Method, Reading, Share, weakest
+from wattier_telemetry.throttling import ThrottleClock
 
-CLOCK_SETTINGS = ("application_clocks", "display_clocks")  # somebody's choice of clocks, which is not throttling
 _STUCK_SECONDS = 1.0  # a counter that stands still so long under power is not believed
 _CHECKED_SECONDS, _CHECKED_READINGS = 3.0, 30  # before counter and power samples are held against each other
 _DISTRUST_RATIO, _DOUBT_RATIO = 2.0, 1.3
 _COARSE_SECONDS = 0.01  # a counter that is refreshed more often needs no care at the edges
 _RECENT_SECONDS = 1.0
-_FAST_SECONDS = 0.02  # between two power samples closer than this the power is taken to run straight
-
-
-@dataclass(slots=True)
-class _Integral:
-    """Sampled power over a span of time; ``joules`` is worth nothing where some power was not ``known``."""
-
-    seconds: float = 0.0
-    joules: float = 0.0
-    slack_joules: float = 0.0
-    coarse_seconds: float = 0.0  # part of the span in which the samples lay far apart
-    known: bool = True
-
-    def add(self, other: _Integral) -> None:
-        self.seconds += other.seconds
-        self.joules += other.joules
-        self.slack_joules += other.slack_joules
-        self.coarse_seconds += other.coarse_seconds
-        self.known = self.known and other.known
-
-    def part(self, seconds: float) -> _Integral:
-        """Return the first seconds of a span over which the power is taken as even."""
-        share = max(0.0, min(1.0, seconds / self.seconds)) if self.seconds > 0 else 0.0
-        return _Integral(
-            share * self.seconds,
-            share * self.joules,
-            share * self.slack_joules,
-            share * self.coarse_seconds,
-            self.known,
-        )
-
-
-@dataclass(slots=True)
-class _Edge:
-    """A refresh interval that holds an edge of the window, between the edge and the tick after it."""
-
-    seconds: float  # from the edge to the tick
-    tick_joules: float  # by which the counter moved
-    gap_seconds: float  # in which the tick happened, unseen
-    power: _Integral
 
 
 class Account:
@@ -89,23 +48,23 @@ class Account:
         self._refresh_seconds = device.counter_refresh_seconds
         self._learned = False  # whether the refresh time was measured
         self._first_tick_at: float | None = None
-        self._opening: _Edge | None = None
-        self._closing: _Edge | None = None
+        self._opening: Edge | None = None
+        self._closing: Edge | None = None
         self._end_can_be_cut = False
         # Between them: what the ticks say, and the sampled power since the last of them.
         self._booked_joules = 0.0
-        self._integrated = _Integral()
-        self._pending = _Integral()
-        self._tail = _Integral()
+        self._integrated = PowerIntegral()
+        self._pending = PowerIntegral()
+        self._tail = PowerIntegral()
         self._recent_watts: float | None = None  # as the counter has it
         self._unseen_seconds = 0.0  # of which nothing at all is known
         # What may contradict the counter, and how far power has been seen to swing.
-        self._counted_joules, self._sampled, self._compared = 0.0, _Integral(), 0
-        self._power = _Integral()
+        self._counted_joules, self._sampled, self._compared = 0.0, PowerIntegral(), 0
+        self._power = PowerIntegral()
         self._lowest_watts, self._highest_watts = float("inf"), 0.0
         self._limit_watts: float | None = None
         self._fraction, self._weights, self._weighted = fraction, 0.0, 0.0
-        self._throttled: dict[str, float] | None = None
+        self._throttling = ThrottleClock()
         self._stuck_seconds = 0.0
         self._backward_steps = self._readings = self._failures = 0
         self._failure = ""
@@ -147,7 +106,7 @@ class Account:
             if reading.energy_joules is not None:
                 self._counter = (time_seconds, reading.energy_joules)
             return
-        step = _trapezoid(last, (time_seconds, reading))
+        step = trapezoid(last, (time_seconds, reading))
         self._power.add(step)
         moved = None
         if reading.energy_joules is not None:
@@ -160,7 +119,7 @@ class Account:
         else:  # the counter did not answer this time: its next answer will hold this step too
             self._pending.add(step)
         self._weigh(step, moved, self._fraction if fraction is None else fraction)
-        self._note_throttling(last[1], reading, step.seconds)
+        self._throttling.add(last[1], reading, step.seconds)
 
     def fail(self, error: Exception) -> None:
         """Note that the device did not answer; the next reading that does is joined to the last one that did."""
@@ -179,7 +138,7 @@ class Account:
         if self.settled or self._closed_at is None or self._counter is None or self._last is None:
             return
         self._see_power(reading)
-        step = _trapezoid(self._last, (time_seconds, reading))
+        step = trapezoid(self._last, (time_seconds, reading))
         self._last = (time_seconds, reading)
         moved = 0.0 if reading.energy_joules is None else reading.energy_joules - self._counter[1]
         if moved < 0:
@@ -189,7 +148,7 @@ class Account:
         else:
             gap = min(step.seconds, self._refresh_seconds)
             self._tail.add(step.part(step.seconds - gap / 2))
-            self._closing = _Edge(max(0.0, time_seconds - gap / 2 - self._closed_at), moved, gap, self._tail)
+            self._closing = Edge(max(0.0, time_seconds - gap / 2 - self._closed_at), moved, gap, self._tail)
 
     def reservation_joules(self, seconds: float) -> float:
         """Return what the device may draw in the coming seconds: the larger of its present and its mean power, J."""
@@ -228,7 +187,7 @@ class Account:
             joules_low=low * fraction if known else None,
             joules_high=high * fraction if known else None,
             attribution=attribution,
-            throttled_seconds=self._throttled,
+            throttled_seconds=self._throttling.seconds,
         )
 
     def warnings(self) -> list[str]:
@@ -251,34 +210,40 @@ class Account:
 
     # -- booking -------------------------------------------------------------------------------------------------
 
-    def _count(self, moved: float, step: _Integral, time_seconds: float) -> None:
+    def _count(self, moved: float, step: PowerIntegral, time_seconds: float) -> None:
         """Book what the counter did in a step."""
         if moved < 0:  # seen on MI100, and after a driver reset: this step cannot be told by the counter
             self._backward_steps += 1
+            gap = min(step.seconds, self._refresh_seconds) if self._coarse_counter else 0.0
+            span = step
             if self._coarse_counter or self._is_stuck:
-                self._pending.add(step)
-                step, self._pending = self._pending, _Integral()
-            self._integrate(self._with_recent_rate(step))
+                span = self._pending
+                span.add(step.part(step.seconds - gap / 2))
+            self._pending = step.part(gap / 2)
+            self._integrate(self._with_recent_rate(span), uncovered_seconds=step.seconds)
             return
         self._methods.add(self._source_method)
         self.covered_seconds += step.seconds
         if moved == 0 and (self._coarse_counter or step.known):
             self._pending.add(step)
             return
-        if self._coarse_counter:
-            gap = min(step.seconds, self._refresh_seconds)
-            self._learn_refresh(time_seconds - gap / 2, gap, step.seconds)
-            if self._opening is None:
-                self._pending.add(step.part(step.seconds - gap / 2))
-                edge_seconds = max(0.0, time_seconds - gap / 2 - (self._first_time or 0.0))
-                self._opening = _Edge(edge_seconds, moved, gap, self._pending)
-                self._pending = _Integral()
-                return
-        self._pending.add(step)
-        self._book_tick(moved)
+        if not self._coarse_counter:
+            self._pending.add(step)
+            self._book_tick(moved, PowerIntegral())
+            return
+        gap = min(step.seconds, self._refresh_seconds)
+        self._learn_refresh(time_seconds - gap / 2, gap, step.seconds)
+        self._pending.add(step.part(step.seconds - gap / 2))  # the tick came somewhere in the gap: say in its middle
+        if self._opening is None:
+            edge_seconds = max(0.0, time_seconds - gap / 2 - (self._first_time or 0.0))
+            self._opening = Edge(edge_seconds, moved, gap, self._pending)
+            self._pending = step.part(gap / 2)
+        else:
+            self._book_tick(moved, step.part(gap / 2))
 
-    def _book_tick(self, moved: float) -> None:
-        pending, self._pending = self._pending, _Integral()
+    def _book_tick(self, moved: float, since: PowerIntegral) -> None:
+        """Book what the counter moved by; ``since`` is the power already sampled after the tick."""
+        pending, self._pending = self._pending, since
         if pending.known:
             self._counted_joules += moved
             self._sampled.add(pending)
@@ -296,7 +261,7 @@ class Account:
             if not pending.known:
                 self.power_watts = rate
 
-    def _with_recent_rate(self, span: _Integral) -> _Integral:
+    def _with_recent_rate(self, span: PowerIntegral) -> PowerIntegral:
         """Return a span whose energy is half what was sampled in it and half what the counter lately said.
 
         Samples are the better guess for a load that changes slowly, the mean for one that changes between them.
@@ -305,14 +270,16 @@ class Account:
             return span
         usual = self._recent_watts * span.seconds
         slack = span.slack_joules + abs(usual - span.joules) / 2
-        return _Integral(span.seconds, (span.joules + usual) / 2, slack, span.coarse_seconds)
+        return PowerIntegral(span.seconds, (span.joules + usual) / 2, slack, span.coarse_seconds)
 
-    def _integrate(self, step: _Integral) -> None:
-        if not step.known:
-            self._unseen_seconds += step.seconds
+    def _integrate(self, span: PowerIntegral, *, uncovered_seconds: float | None = None) -> None:
+        """Book sampled power for good; part of the span may have been covered already."""
+        seconds = span.seconds if uncovered_seconds is None else uncovered_seconds
+        if not span.known:
+            self._unseen_seconds += span.seconds
             return
-        self._integrated.add(step)
-        self.covered_seconds += step.seconds if step.seconds <= self._longest_gap_seconds else 0.0
+        self._integrated.add(span)
+        self.covered_seconds += seconds if seconds <= self._longest_gap_seconds else 0.0
         self._methods.add(weakest((self._source_method, "integrated")) or "integrated")
 
     def _learn_refresh(self, tick_at: float, gap: float, seconds: float) -> None:
@@ -323,27 +290,12 @@ class Account:
             self._learned = True
             self._refresh_seconds = min(tick_at - self._first_tick_at, 2 * self.device.counter_refresh_seconds)
 
-    def _weigh(self, step: _Integral, moved: float | None, fraction: float) -> None:
+    def _weigh(self, step: PowerIntegral, moved: float | None, fraction: float) -> None:
         """Remember whose energy it was: the mean fraction is weighted by energy, or by time where there is none."""
         weight = step.joules if step.known else max(0.0, moved or 0.0)
         weight = weight or 1e-12 * step.seconds
         self._weights += weight
         self._weighted += weight * fraction
-
-    def _note_throttling(self, before: Reading, now: Reading, seconds: float) -> None:
-        counted = {}
-        if before.throttle_seconds is not None and now.throttle_seconds is not None:
-            counted = {
-                reason: max(0.0, total - before.throttle_seconds.get(reason, total))
-                for reason, total in now.throttle_seconds.items()
-            }
-        elif now.throttle_reasons is None:
-            return
-        sampled = dict.fromkeys(now.throttle_reasons or (), seconds)
-        self._throttled = self._throttled or {}
-        for reason, duration in {**sampled, **counted}.items():
-            if reason not in CLOCK_SETTINGS:
-                self._throttled[reason] = self._throttled.get(reason, 0.0) + min(duration, seconds)
 
     def _see_power(self, reading: Reading) -> None:
         if reading.power_limit_watts is not None:
@@ -418,7 +370,7 @@ class Account:
             joules = max(joules, self._power.joules)
         return joules, low, high
 
-    def _cut(self, edge: _Edge) -> tuple[float, float]:
+    def _cut(self, edge: Edge) -> tuple[float, float]:
         """Return the energy between an edge and the tick after it, and how wrong that may be, J.
 
         Two estimates: the tick's joules in proportion to time, and the sampled power. The first needs no honest
@@ -438,17 +390,7 @@ class Account:
             error += abs(edge.power.joules - estimate)
         return estimate, error
 
-    def _slack_joules(self, integral: _Integral) -> float:
+    def _slack_joules(self, integral: PowerIntegral) -> float:
         """Return how wrong a sum of samples may be: half the swing wherever nobody looked for long."""
         lag = self.device.power_average_seconds * self._swing_watts() if integral.seconds > 0 else 0.0
         return integral.slack_joules + integral.coarse_seconds * self._swing_watts() / 2 + lag
-
-
-def _trapezoid(before: tuple[float, Reading], now: tuple[float, Reading]) -> _Integral:
-    """Return the energy between two power samples, J."""
-    seconds, first, last = now[0] - before[0], before[1].power_watts, now[1].power_watts
-    if first is None or last is None:
-        return _Integral(seconds, known=False)
-    coarse = seconds if seconds > _FAST_SECONDS else 0.0
-    slack = 0.0 if coarse else abs(first - last) / 2 * seconds
-    return _Integral(seconds, (first + last) / 2 * seconds, slack, coarse)

@@ -1,18 +1,21 @@
 """NVIDIA GPUs, through the driver's NVML library.
 
 Energy comes from the total-energy counter (Volta and newer, mJ since the driver loaded). Power is the instantaneous
-field: the plain power call is averaged over one second on Ampere and newer (nvml.h 12.9), too slow for a short trial.
+field, and the plain power call only where that field is missing: the call is averaged over one second on Ampere and
+newer, except GA100 (nvml.h 12.9). The power of a whole module, which is all that some GH200 tell, holds a CPU as well
+and is not used. What the meter needs comes in one call of the driver, but for the mask of throttle reasons.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import pynvml
 
+from wattier_telemetry.nvml_devices import ENERGY, MEMORY_CELSIUS, POWER, Gpu, ask, field_values, open_gpus
 from wattier_telemetry.records import Device, Reading
 from wattier_telemetry.source import PowerSource, SourceUnavailable
 
@@ -27,52 +30,65 @@ _REASONS = {
     0x100: "display_clocks",
 }  # 0x1 is "idle", which is rest and not throttling
 
-# What a device answers when it simply does not have the figure; anything else means that the device is in trouble.
-_UNKNOWN = (
-    pynvml.NVML_ERROR_NOT_SUPPORTED,
-    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
-    pynvml.NVML_ERROR_NO_PERMISSION,
-    pynvml.NVML_ERROR_INVALID_ARGUMENT,
-    pynvml.NVML_ERROR_NO_DATA,
-    pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
-    pynvml.NVML_ERROR_DEPRECATED,
+_NO_SAMPLES = (  # the last: one more came between the binding's two calls, and will be there the next time
+    pynvml.NVML_SUCCESS,
+    pynvml.NVML_ERROR_NOT_FOUND,
+    pynvml.NVML_ERROR_INSUFFICIENT_SIZE,
 )
+_LIMIT_KEPT_SECONDS = 5.0
+_BUSY_KEPT_SECONDS = 1.0
+
+_Answer = TypeVar("_Answer")
 
 
 class NvmlSource(PowerSource):
-    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves to this process.
+    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves to this process, or all of the node.
+
+    Args:
+        whole_node: Ignore the mask, and read a GPU that is split by MIG as a whole, with "(MIG)" in its name.
 
     Raises:
-        SourceUnavailable: If there is no driver, no visible device, or a visible device is split by MIG.
+        SourceUnavailable: If there is no driver, no GPU to read, or one is split by MIG and not the whole node's.
     """
 
     name = "nvml"
 
     def __init__(self, *, whole_node: bool = False) -> None:
-        self._whole_node = whole_node
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
             raise SourceUnavailable(f"NVML does not start ({error}); is an NVIDIA driver installed?") from error
         self._open = True
         try:
-            self._handles = _visible_handles()
+            self._gpus = {gpu.device.uuid: gpu for gpu in open_gpus(whole_node=whole_node)}
         except BaseException:
             self.close()
             raise
-        self._devices = tuple(device for device, _ in self._handles.values())
 
     def devices(self) -> tuple[Device, ...]:
-        """Return the visible GPUs in the order of CUDA_VISIBLE_DEVICES."""
-        return self._devices
+        """Return the GPUs in the order of CUDA_VISIBLE_DEVICES, or in NVML's for a whole node."""
+        return tuple(gpu.device for gpu in self._gpus.values())
 
     def read(self, device: Device) -> Reading:
         """Read every figure the GPU offers; a figure it does not support is None."""
+        return self._answer(device, _read)
+
+    def read_energy(self, device: Device) -> Reading:
+        """Read energy, power, the power cap (at most 5 s old) and throttling."""
+        return self._answer(device, lambda gpu: _read_energy(gpu)[0])
+
+    def busy_by_pid(self, device: Device) -> Mapping[int, float]:
+        """Return each process's mean share of the GPU's time since the call before (at first: the last second).
+
+        Where the driver has no new sample, an answer of less than a second ago is given again.
+        """
+        return self._answer(device, _busy)
+
+    def _answer(self, device: Device, question: Callable[[Gpu], _Answer]) -> _Answer:
         if not self._open:
             raise SourceUnavailable("nvml: the source is closed")
-        handle = self._handles[device.uuid][1]
         try:
-            return _read(handle)
+            return question(self._gpus[device.uuid])
         except pynvml.NVMLError as error:
             raise SourceUnavailable(f"{device.name} {device.uuid} does not answer: {error}") from error
 
@@ -83,104 +99,90 @@ class NvmlSource(PowerSource):
             pynvml.nvmlShutdown()
 
 
-def _read(handle: Any) -> Reading:
-    millijoules = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
-    rates = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
-    memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
-    temperature = _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
-    clock = _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM)
-    memory_clock = _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM)
-    return Reading(
+def _read_energy(gpu: Gpu) -> tuple[Reading, Mapping[int, Any]]:
+    """Return what a meter reads, and the values by field id."""
+    values = field_values(gpu.handle, gpu.fields)
+    millijoules = values.get(ENERGY)
+    if millijoules is None and gpu.device.method == "counter":
+        millijoules = ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu.handle)
+    milliwatts = values.get(POWER)
+    if milliwatts is None and POWER not in gpu.fields:
+        milliwatts = ask(pynvml.nvmlDeviceGetPowerUsage, gpu.handle)
+    counted = {word: values[number] / 1e9 for word, number in gpu.nanoseconds.items() if values.get(number) is not None}
+    reading = Reading(
         time_seconds=time.time(),
-        power_watts=_power_watts(handle),
-        energy_joules=None if millijoules is None else millijoules / 1e3,
+        power_watts=_scaled(milliwatts, 1e-3),
+        energy_joules=_scaled(millijoules, 1e-3),
+        power_limit_watts=_limit_watts(gpu),
+        throttle_reasons=_throttle_reasons(gpu.handle),
+        throttle_seconds=counted or None,
+    )
+    return reading, values
+
+
+def _read(gpu: Gpu) -> Reading:
+    handle = gpu.handle
+    reading, values = _read_energy(gpu)
+    rates = ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)  # "used" without what is reserved
+    if memory is None:
+        memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    limits = ask(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
+    corrected, uncorrected = pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
+    return replace(
+        reading,
         utilization_ratio=None if rates is None else rates.gpu / 100,
+        memory_utilization_ratio=None if rates is None else rates.memory / 100,
         memory_used_bytes=None if memory is None else memory.used,
         memory_total_bytes=None if memory is None else memory.total,
-        temperature_celsius=temperature,
-        clock_hertz=None if clock is None else clock * 1e6,
-        memory_clock_hertz=None if memory_clock is None else memory_clock * 1e6,
-        throttle_reasons=_throttle_reasons(handle),
+        temperature_celsius=ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        # 0 is how some boards without that sensor answer; no memory at work is that cold.
+        memory_temperature_celsius=values.get(MEMORY_CELSIUS) or None,
+        clock_hertz=_scaled(ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM), 1e6),
+        memory_clock_hertz=_scaled(ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM), 1e6),
+        power_limit_max_watts=None if limits is None else limits[1] / 1e3,
+        ecc_corrected=ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, corrected, pynvml.NVML_VOLATILE_ECC),
+        ecc_uncorrected=ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, uncorrected, pynvml.NVML_VOLATILE_ECC),
     )
 
 
-def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call NVML; None where the device does not have the figure."""
-    try:
-        return function(*arguments)
-    except pynvml.NVMLError as error:
-        if error.value in _UNKNOWN:
-            return None
-        raise
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
-def _power_watts(handle: Any) -> float | None:
-    fields = _ask(
-        pynvml.nvmlDeviceGetFieldValues, handle, [(pynvml.NVML_FI_DEV_POWER_INSTANT, pynvml.NVML_POWER_SCOPE_GPU)]
-    )
-    # The call succeeds even where the field does not: each value carries its own return code.
-    if fields is not None and fields[0].nvmlReturn == pynvml.NVML_SUCCESS:
-        return float(fields[0].value.uiVal) / 1e3
-    milliwatts = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)
-    return None if milliwatts is None else milliwatts / 1e3
+def _limit_watts(gpu: Gpu) -> float | None:
+    now, known = time.monotonic(), gpu.limit
+    if known is None or now - known[0] > _LIMIT_KEPT_SECONDS:
+        known = now, _scaled(ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu.handle), 1e-3)
+        gpu.limit = known
+    return known[1]
 
 
 def _throttle_reasons(handle: Any) -> tuple[str, ...] | None:
-    mask = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    mask = ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
     if mask is None:  # drivers before 535 know the call only by its older name
-        mask = _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+        mask = ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
     return None if mask is None else tuple(word for bit, word in _REASONS.items() if mask & bit)
 
 
-def _visible_handles() -> dict[str, tuple[Device, Any]]:
-    """Return the visible devices and their handles by UUID.
-
-    The mask counts as CUDA_DEVICE_ORDER=PCI_BUS_ID does, NVML's order; on a node of equal GPUs that is CUDA's too.
-    """
+def _busy(gpu: Gpu) -> Mapping[int, float]:
+    newest, came, answer = gpu.busy
     try:
-        everything = {}
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            device = Device(pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle), "gpu", index)
-            everything[device.uuid] = (device, handle)
-        chosen = _chosen(list(everything), os.environ.get("CUDA_VISIBLE_DEVICES"))
-        for uuid in chosen:
-            _refuse_mig(*everything[uuid])
-    except pynvml.NVMLError as error:
-        raise SourceUnavailable(f"NVML cannot list the GPUs: {error}") from error
-    if not chosen:
-        raise SourceUnavailable("NVML works, but there is no GPU on this machine")
-    return {uuid: everything[uuid] for uuid in chosen}
-
-
-def _chosen(uuids: list[str], mask: str | None) -> list[str]:
-    """Return the UUIDs that a CUDA_VISIBLE_DEVICES mask leaves, in the mask's order."""
-    if mask is None:
-        return uuids
-    chosen: list[str] = []
-    for entry in filter(None, (part.strip() for part in mask.split(","))):
-        if entry == "-1":  # CUDA stops at the first invalid entry, and -1 is the customary way to say so
-            break
-        if entry.isdecimal():
-            found = uuids[int(entry) : int(entry) + 1]
-        else:
-            found = [uuid for uuid in uuids if uuid.startswith(entry)]
-        if entry.startswith("MIG-"):
-            raise SourceUnavailable(f"CUDA_VISIBLE_DEVICES='{mask}' names a MIG slice, whose energy NVML does not tell")
-        if len(found) != 1:
-            raise SourceUnavailable(
-                f"CUDA_VISIBLE_DEVICES='{mask}': '{entry}' is not one GPU of the {len(uuids)} on this machine"
-            )
-        chosen += [uuid for uuid in found if uuid not in chosen]
-    if not chosen:
-        raise SourceUnavailable(f"CUDA_VISIBLE_DEVICES='{mask}' leaves no GPU to this process")
-    return chosen
-
-
-def _refuse_mig(device: Device, handle: Any) -> None:
-    mode = _ask(pynvml.nvmlDeviceGetMigMode, handle)
-    if mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE:
-        raise SourceUnavailable(
-            f"{device.name} {device.uuid} is split by MIG, and NVML does not tell the energy of a slice; "
-            "use a whole GPU, or the source 'estimated'"
-        )
+        samples = ask(pynvml.nvmlDeviceGetProcessUtilization, gpu.handle, newest) or []
+    except pynvml.NVMLError as error:  # the binding takes "none" for an error, too
+        if error.value not in _NO_SAMPLES:
+            raise
+        samples = []
+    # Some drivers fill the list up with rubbish: no process, or busier than can be.
+    good = [sample for sample in samples if sample.pid and sample.timeStamp > newest and sample.smUtil <= 100]
+    if not good:
+        return answer if time.monotonic() - came < _BUSY_KEPT_SECONDS else {}
+    last = max(sample.timeStamp for sample in good)
+    since = newest or last - 1_000_000  # us; the driver's memory reaches back further than "lately"
+    parts: dict[int, list[float]] = {}
+    for sample in good:
+        if sample.timeStamp > since:
+            parts.setdefault(sample.pid, []).append(sample.smUtil / 100)
+    answer = {pid: sum(part) / len(part) for pid, part in parts.items()}
+    gpu.busy = last, time.monotonic(), answer
+    return answer

@@ -1,11 +1,12 @@
-"""Simulated machines: an NVML library in C, an amdsmi module, a powercap tree, replayed traces."""
+"""Simulated machines: an NVML library in C, a powercap tree, replayed traces."""
 
-import importlib.util
+import ctypes
 import subprocess
-import sys
 from pathlib import Path
 
+import pynvml
 import pytest
+from scenario import SimulatedDevice, write_scenario
 
 HERE = Path(__file__).parent
 MASKS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "WATTIER_POWER_SOURCE")
@@ -20,47 +21,49 @@ def bare_environment(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def fake_nvml_folder(tmp_path_factory):
-    """Compile the simulated library once and return its folder, for LD_LIBRARY_PATH."""
+def nvml_folder(tmp_path_factory):
+    """Compile the simulated NVML once and return its folder, for LD_LIBRARY_PATH."""
     folder = tmp_path_factory.mktemp("nvml")
     library = folder / "libnvidia-ml.so.1"
-    command = ["cc", "-shared", "-fPIC", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
-    subprocess.run([*command, "-o", str(library), str(HERE / "fake_nvml.c")], check=True)
+    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
+    subprocess.run([*command, "-o", str(library), str(HERE / "drivers/nvml.c"), "-lm"], check=True)
     return folder
 
 
 @pytest.fixture
-def fake_nvml(fake_nvml_folder, monkeypatch):
-    """Let the real pynvml talk to the simulated library, in this process and without touching the loader path."""
-    import ctypes
+def simulated_nvml(nvml_folder, monkeypatch, tmp_path):
+    """Return a function that sets up simulated GPUs for the real pynvml, here and in processes started from here.
 
-    import pynvml
+    It takes the devices, returns the scenario's start on time.monotonic(), and may be called again: the next NVML
+    source that is opened plays the new scenario. A child needs ``nvml_folder`` in its LD_LIBRARY_PATH.
+    """
+    library = ctypes.CDLL(str(nvml_folder / "libnvidia-ml.so.1"))
+    monkeypatch.setattr(pynvml, "nvmlLib", library)
+    pynvml._nvmlGetFunctionPointer_cache.clear()
 
-    monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(str(fake_nvml_folder / "libnvidia-ml.so.1")))
+    def start(*devices, start=None):
+        path = tmp_path / "nvml.scenario"
+        monkeypatch.setenv("WATTIER_SCENARIO", str(path))
+        return write_scenario(path, *devices, start=start)
+
+    yield start
     pynvml._nvmlGetFunctionPointer_cache.clear()
-    yield
-    pynvml._nvmlGetFunctionPointer_cache.clear()
+
+
+@pytest.fixture
+def two_gpus(simulated_nvml):
+    """Two simulated H200 at 300 W."""
+    return simulated_nvml(SimulatedDevice(300), SimulatedDevice(300))
 
 
 @pytest.fixture
 def no_nvml(monkeypatch):
     """Make a machine without an NVIDIA driver, also where there is one."""
-    import pynvml
 
     def missing(*_):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
-
-
-@pytest.fixture
-def fake_amd(monkeypatch):
-    """Put the simulated amdsmi module where `import amdsmi` finds it."""
-    spec = importlib.util.spec_from_file_location("amdsmi", HERE / "fake_amdsmi.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, "amdsmi", module)
-    return module
 
 
 @pytest.fixture

@@ -1,19 +1,17 @@
-"""Every power source passes one contract; then what is particular to each.
+"""Opening a source, and the sources that need no vendor's library: each passes the contract, then what is its own.
 
-NVML runs the real pynvml binding against a simulated C library. AMD runs, for now, against a simulated `amdsmi`
-Python module and not against a simulated `libamd_smi.so`. RAPL reads a powercap tree written by the test.
+RAPL reads a powercap tree written by the test.
 """
 
-import json
-import os
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+from contract import PowerSourceContract
 
-from wattier_telemetry import Device, PowerSource, Reading, SourceUnavailable, diagnose, open_source
+from wattier_telemetry import SourceUnavailable, diagnose, open_source
 from wattier_telemetry import rapl as rapl_module
 from wattier_telemetry.estimated import EstimatedSource
 from wattier_telemetry.rapl import RaplSource
@@ -21,71 +19,32 @@ from wattier_telemetry.replay import ReplaySource
 
 
 @pytest.fixture
-def nvml(fake_nvml):
-    return open_source("nvml")
-
-
-@pytest.fixture
-def amd(fake_amd):
-    return open_source("amd")
-
-
-@pytest.fixture
 def rapl(powercap):
     return RaplSource(powercap)
 
 
-@pytest.fixture
-def estimated():
-    return open_source("estimated", rated_watts=20)
-
-
-@pytest.fixture
-def replay(trace):
-    return open_source(f"replay:{trace('0,gpu-0,100', '0,gpu-1,50')}")
-
-
-@pytest.mark.parametrize("source_name", ["nvml", "amd", "rapl", "estimated", "replay"])
-class TestContract:
-    """What any source promises; a new one is added to the list above."""
+class TestRaplContract(PowerSourceContract):
+    name = "rapl"
 
     @pytest.fixture
-    def source(self, source_name, request):
-        source: PowerSource = request.getfixturevalue(source_name)
-        yield source
-        source.close()
+    def source(self, rapl):
+        return rapl
 
-    def test_says_who_it_is(self, source, source_name):
-        assert source.name == source_name
-        assert source.method in ("counter", "integrated", "estimated")
 
-    def test_devices_are_stable_and_told_apart(self, source):
-        devices = source.devices()
-        assert devices
-        assert devices == source.devices()
-        assert all(isinstance(device, Device) and device.uuid and device.name for device in devices)
-        assert len({device.uuid for device in devices}) == len(devices)
-        assert {device.domain for device in devices} <= {"gpu", "cpu", "dram"}
+class TestEstimatedContract(PowerSourceContract):
+    name = "estimated"
 
-    def test_reading_is_plausible(self, source):
-        for device in source.devices():
-            reading = source.read(device)
-            assert isinstance(reading, Reading)
-            assert abs(reading.time_seconds - time.time()) < 5
-            assert reading.energy_joules is not None or reading.power_watts is not None
-            assert reading.utilization_ratio is None or 0 <= reading.utilization_ratio <= 1
-            assert reading.temperature_celsius is None or 0 < reading.temperature_celsius < 150
-            assert reading.clock_hertz is None or reading.clock_hertz > 1e8
-            assert reading.power_watts is None or 0 < reading.power_watts < 5000
+    @pytest.fixture
+    def source(self):
+        return open_source("estimated", rated_watts=20)
 
-    def test_counter_never_falls(self, source):
-        for device in source.devices():
-            joules = [source.read(device).energy_joules for _ in range(20)]
-            assert joules == sorted(joules)
 
-    def test_closes_twice(self, source):
-        source.close()
-        source.close()
+class TestReplayContract(PowerSourceContract):
+    name = "replay"
+
+    @pytest.fixture
+    def source(self, trace):
+        return open_source(f"replay:{trace('0,gpu-0,100', '0,gpu-1,50')}")
 
 
 class TestOpenSource:
@@ -94,7 +53,7 @@ class TestOpenSource:
             open_source("nvlm")
         assert "\n" not in str(caught.value)
 
-    def test_auto_takes_the_gpu_first(self, fake_nvml):
+    def test_auto_takes_the_gpu_first(self, two_gpus):
         source = open_source()
         assert source.name == "nvml"
         source.close()
@@ -112,92 +71,6 @@ class TestOpenSource:
     def test_refuses_nonsense(self, name):
         with pytest.raises(SourceUnavailable):
             open_source(name)
-
-
-class TestNvml:
-    def test_units(self, nvml):
-        reading = nvml.read(nvml.devices()[0])
-        assert reading.power_watts == 300  # the instantaneous field, and not the 307 W of the averaged call
-        assert reading.energy_joules == pytest.approx(time.monotonic() * 300, rel=1e-3)
-        assert (reading.clock_hertz, reading.memory_clock_hertz) == (1.98e9, 3.201e9)
-        assert (reading.memory_used_bytes, reading.memory_total_bytes) == (10 * 2**30, 150 * 2**30)
-        assert (reading.utilization_ratio, reading.temperature_celsius) == (0.75, 61)
-        assert reading.throttle_reasons == ("power_cap", "software_thermal")
-
-    def test_unsupported_is_unknown(self, nvml, monkeypatch):
-        monkeypatch.setenv("FAKE_NVML_BARE", "1")
-        reading = nvml.read(nvml.devices()[0])
-        assert reading == Reading(reading.time_seconds, power_watts=307)
-
-    def test_lost_gpu_leaves_the_other(self, nvml, monkeypatch):
-        monkeypatch.setenv("FAKE_NVML_LOST", "1")
-        first, second = nvml.devices()
-        assert nvml.read(first).power_watts == 300
-        with pytest.raises(SourceUnavailable, match=r"GPU-bbbb.*lost"):
-            nvml.read(second)
-
-    @pytest.mark.parametrize(
-        ("mask", "indices"), [("1", [1]), ("1,0", [1, 0]), ("GPU-bbbb", [1]), ("0,-1,1", [0]), (" 0 , 0", [0])]
-    )
-    def test_mask(self, fake_nvml, monkeypatch, mask, indices):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
-        source = open_source("nvml")
-        assert [device.index for device in source.devices()] == indices
-        source.close()
-
-    @pytest.mark.parametrize("mask", ["", "-1", "7", "GPU-", "MIG-1234"])
-    def test_mask_that_leaves_nothing(self, fake_nvml, monkeypatch, mask):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
-        with pytest.raises(SourceUnavailable, match="CUDA_VISIBLE_DEVICES"):
-            open_source("nvml")
-
-    def test_mig_is_refused(self, fake_nvml, monkeypatch):
-        monkeypatch.setenv("FAKE_NVML_MIG", "1")
-        with pytest.raises(SourceUnavailable, match="MIG"):
-            open_source("nvml")
-
-    def test_fresh_process_finds_the_library_by_its_soname(self, fake_nvml_folder):
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(fake_nvml_folder), "FAKE_NVML_WATTS": "250"}
-        command = [sys.executable, "-m", "wattier_telemetry.cli", "read", "--source", "nvml"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        devices = json.loads(done.stdout)["devices"]
-        assert [device["reading"]["power_watts"] for device in devices] == [250, 250]
-
-
-class TestAmd:
-    def test_package_is_one_device_billed_once(self, amd):
-        assert [device.uuid for device in amd.devices()] == ["amd-uuid-0", "amd-uuid-2"]
-        assert [amd.read(device).power_watts for device in amd.devices()] == [400, 420]
-
-    def test_tick_is_two_to_the_minus_16_joules(self, amd):
-        joules = amd.read(amd.devices()[0]).energy_joules
-        assert joules == pytest.approx(400 * time.monotonic(), rel=1e-4)  # 15.3 uJ would be 2.7e-3 too high
-
-    def test_dies_are_joined(self, amd):
-        reading = amd.read(amd.devices()[0])
-        assert reading.utilization_ratio == 0.75
-        assert reading.memory_total_bytes == 2 * 65520 * 2**20
-        assert (reading.temperature_celsius, reading.clock_hertz, reading.throttle_reasons) == (56, 1.7e9, None)
-
-    def test_odd_die_alone_is_billed_its_package_and_not_zero(self, fake_amd, monkeypatch):
-        monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "3,1")
-        monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0")
-        source = open_source("amd")
-        assert [device.uuid for device in source.devices()] == ["amd-uuid-2"]
-        assert source.read(source.devices()[0]).power_watts == 420
-
-    def test_equal_speaking_dies_are_separate_devices(self, fake_amd, monkeypatch):
-        monkeypatch.setattr(fake_amd, "WATTS", {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0})
-        assert len(open_source("amd").devices()) == 4
-
-    def test_broken_binding_is_silent_and_clear(self, monkeypatch, tmp_path, capsys):
-        (tmp_path / "share/amd_smi").mkdir(parents=True)
-        (tmp_path / "share/amd_smi/amdsmi.py").write_text("print('noise')\nraise KeyError('libamd_smi.so')\n")
-        monkeypatch.setenv("ROCM_PATH", str(tmp_path))
-        monkeypatch.delitem(sys.modules, "amdsmi", raising=False)
-        with pytest.raises(SourceUnavailable, match="libamd_smi"):
-            open_source("amd")
-        assert capsys.readouterr().out == ""
 
 
 class TestRapl:
@@ -276,8 +149,8 @@ class TestReplay:
     def test_recorded_counter_wins_over_power(self, trace):
         path = trace("0,g,100,7", "10,g,100,27", header="time_seconds,device,power_watts,energy_joules")
         assert self.at(path, 5).energy_joules == 17
-        assert ReplaySource(path).method == "counter"
-        assert ReplaySource(trace("0,g,1")).method == "integrated"
+        methods = [ReplaySource(file).devices()[0].method for file in (path, trace("0,g,1", name="power.csv"))]
+        assert methods == ["counter", "integrated"]
 
     @pytest.mark.parametrize(
         ("lines", "problem"),
@@ -311,7 +184,7 @@ def test_doctor_on_a_bare_machine(no_nvml, monkeypatch, tmp_path):
     assert all(finding.measures and finding.what_to_do for finding in findings.values())
 
 
-def test_doctor_with_gpus(fake_nvml):
+def test_doctor_with_gpus(two_gpus):
     finding = diagnose()[0]
     assert (finding.source, finding.works, finding.what_to_do) == ("nvml", True, "")
     assert "energy (counter) and power" in finding.measures
