@@ -1,251 +1,300 @@
 """AMD GPUs, through the amdsmi binding that ROCm brings.
 
-On MI250X one package holds two dies, which HIP shows as two GPUs; power and energy belong to the package, and only
-its even die reports them. Such a pair is one `Device` here, so that its joules are billed once and never as zero.
+A package of MI250 or MI250X holds two dies, which HIP shows as two GPUs, and one meter, which only one die reports: the
+other says 0 or nothing. Here each die is a device and returns half of the package's energy, power and power cap, so
+that all dies together are what the meter says, and a trial that owns one die is billed one half.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import io
-import math
-import os
-import sys
+import itertools
+import logging
+import platform
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
+from wattier_telemetry.amd_binding import (
+    NO_UINT16,
+    NO_UINT32,
+    ask,
+    entries,
+    import_binding,
+    number,
+    one_line,
+    raw_metrics,
+    word,
+)
+from wattier_telemetry.amd_throttle import Throttling
+from wattier_telemetry.amd_visible import Candidate, hip_order, visible
 from wattier_telemetry.records import Device, Reading
 from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 # amd_smi.h: one tick is 15.259 uJ, that is 2**-16 J; the library's own "counter_resolution" of 15.3 is 0.27 % high.
 JOULES_PER_TICK = 2.0**-16
-_VIOLATIONS = {
-    "active_ppt_pwr": "power_cap",
-    "active_socket_thrm": "socket_thermal",
-    "active_vr_thrm": "regulator_thermal",
-    "active_hbm_thrm": "memory_thermal",
-    "active_prochot_thrm": "prochot",
-}
+# amd_smi.cc: "fastest SMU FW sample time is 100 ms"; on MI250X a few ms were seen (arXiv 2604.06056). The longer holds.
+_COUNTER_REFRESH_SECONDS = 0.1
+_LIMIT_KEPT_SECONDS = 5.0
+_TWO_DIES = "gfx90a"  # MI210 is of this kind as well, but alone on its board
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Package:
+@dataclass
+class _Die:
+    """One die, the die that reports for its package, and what is remembered; each thread writes whole values."""
+
     device: Device
-    meter: Any  # handle of the die that reports power and energy
-    dies: list[Any]  # handles of the visible dies
+    handle: Any
+    meter: Any
+    parts: int = 1  # among so many dies the meter's figures are divided
+    throttling: Throttling = field(default_factory=Throttling)
+    limits: tuple[float, float | None, float | None] | None = None  # when they were read, cap and highest cap in W
 
 
 class AmdSource(PowerSource):
-    """The AMD GPU packages of which this process sees at least one die.
+    """The AMD GPU dies that this process may use, in the order of HIP.
 
-    ROCR_VISIBLE_DEVICES and then HIP_VISIBLE_DEVICES are applied, by index. A process that owns one die of a package
-    should meter it with ``fraction=0.5``.
+    Args:
+        whole_node: List every die, whatever ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES say.
 
     Raises:
         SourceUnavailable: If the binding or its library is missing or does not fit, or no device is visible.
     """
 
     name = "amd"
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _users: ClassVar[int] = 0  # the library does not count: one shut-down ends it for all
 
     def __init__(self, *, whole_node: bool = False) -> None:
-        self._whole_node = whole_node
-        self._smi = _binding()
-        try:
-            self._smi.amdsmi_init()
-        except Exception as error:
-            raise SourceUnavailable(f"AMD SMI does not start: {_line(error)}") from error
+        self._smi = import_binding()
+        with AmdSource._lock:
+            try:
+                self._smi.amdsmi_init()
+            except Exception as error:
+                raise SourceUnavailable(f"AMD SMI does not start: {one_line(error)}") from error
+            AmdSource._users += 1
         self._open = True
         try:
-            packages = _packages(self._smi)
+            dies = _open_dies(self._smi, whole_node=whole_node)
         except SourceUnavailable:
             self.close()
             raise
         except Exception as error:
             self.close()
-            raise SourceUnavailable(f"AMD SMI cannot list the GPUs: {_line(error)}") from error
-        self._packages = {package.device.uuid: package for package in packages}
+            raise SourceUnavailable(f"AMD SMI cannot list the GPUs: {one_line(error)}") from error
+        self._dies = {die.device.uuid: die for die in dies}
 
     def devices(self) -> tuple[Device, ...]:
-        """Return one device per package, in AMD SMI's order."""
-        return tuple(package.device for package in self._packages.values())
+        """Return one device per die, in the order in which HIP shows them to this process."""
+        return tuple(die.device for die in self._dies.values())
 
     def read(self, device: Device) -> Reading:
-        """Read the package: energy and power of its reporting die, the rest over the visible dies."""
-        if not self._open:
-            raise SourceUnavailable("amd: the source is closed")
-        smi, package = self._smi, self._packages[device.uuid]
-        energy, power = _energy_joules(smi, package.meter), _power_watts(smi, package.meter)
-        if energy is None and power is None and _ask(smi.amdsmi_get_gpu_device_uuid, package.meter) is None:
-            raise SourceUnavailable(f"{device.name} {device.uuid} does not answer")
-        busy = _values(_field(smi.amdsmi_get_gpu_activity, die, "gfx_activity") for die in package.dies)
-        used = _values(_field(smi.amdsmi_get_gpu_vram_usage, die, "vram_used") for die in package.dies)
-        total = _values(_field(smi.amdsmi_get_gpu_vram_usage, die, "vram_total") for die in package.dies)
-        return Reading(
-            time_seconds=time.time(),
-            power_watts=power,
-            energy_joules=energy,
-            utilization_ratio=sum(busy) / len(busy) / 100 if busy else None,
-            memory_used_bytes=sum(used) * 2**20 if used else None,  # the library says MB and divides by 2**20
-            memory_total_bytes=sum(total) * 2**20 if total else None,
-            temperature_celsius=max(_values(_celsius(smi, die) for die in package.dies), default=None),
-            clock_hertz=max(_values(_hertz(smi, die, "GFX") for die in package.dies), default=None),
-            memory_clock_hertz=max(_values(_hertz(smi, die, "MEM") for die in package.dies), default=None),
-            throttle_reasons=_throttle_reasons(smi, package.meter),
+        """Read every figure the die offers, and its part of the package's; what it does not tell is None."""
+        die = self._die(device)
+        smi, handle = self._smi, die.handle
+        reading = self.read_energy(device)
+        activity = entries(ask(smi.amdsmi_get_gpu_activity, handle))
+        memory = entries(ask(smi.amdsmi_get_gpu_vram_usage, handle))
+        errors = entries(ask(getattr(smi, "amdsmi_get_gpu_total_ecc_count", None), handle))
+        return replace(
+            reading,
+            utilization_ratio=_scaled(number(activity.get("gfx_activity"), below=101), 0.01),
+            memory_utilization_ratio=_scaled(number(activity.get("umc_activity"), below=101), 0.01),
+            # The library says MB and divides by 2**20.
+            memory_used_bytes=_scaled(number(memory.get("vram_used"), below=NO_UINT32), 2.0**20),
+            memory_total_bytes=_scaled(number(memory.get("vram_total"), below=NO_UINT32), 2.0**20),
+            temperature_celsius=_celsius(smi, handle, "HOTSPOT", "JUNCTION", "EDGE"),
+            memory_temperature_celsius=_celsius(smi, handle, "VRAM") or _hottest_hbm(smi, handle),
+            clock_hertz=_hertz(smi, handle, "GFX"),
+            memory_clock_hertz=_hertz(smi, handle, "MEM"),
+            power_limit_max_watts=_limits_watts(smi, die)[1],
+            ecc_corrected=number(errors.get("correctable_count")),
+            ecc_uncorrected=number(errors.get("uncorrectable_count")),
         )
 
+    def read_energy(self, device: Device) -> Reading:
+        """Read energy, power, the power cap (at most 5 s old) and throttling."""
+        die = self._die(device)
+        smi, share = self._smi, 1 / die.parts
+        joules = _energy_joules(smi, die.meter) if device.method == "counter" else None
+        reading = Reading(
+            time_seconds=time.time(),
+            power_watts=_scaled(_power_watts(smi, die.meter)[0], share),
+            energy_joules=_scaled(joules, share),
+        )
+        if reading.energy_joules is None and reading.power_watts is None and _is_mute(smi, die.handle):
+            raise SourceUnavailable(f"{device.name} {device.uuid} does not answer")
+        reasons, seconds = die.throttling.look(raw_metrics(smi, die.handle))
+        cap = _limits_watts(smi, die)[0]
+        return replace(reading, power_limit_watts=cap, throttle_reasons=reasons, throttle_seconds=seconds)
+
+    def busy_by_pid(self, device: Device) -> Mapping[int, float]:
+        """Return the share of the die's compute units that each process occupies at the moment.
+
+        The driver counts compute units (from MI200 on), and the library makes whole per cents of them.
+        """
+        processes = ask(self._smi.amdsmi_get_gpu_process_list, self._die(device).handle)
+        known = map(entries, processes or ())
+        shares = {process.get("pid"): number(process.get("cu_occupancy"), below=101) for process in known}
+        return {pid: share / 100 for pid, share in shares.items() if isinstance(pid, int) and pid and share is not None}
+
+    def _die(self, device: Device) -> _Die:
+        if not self._open:
+            raise SourceUnavailable("amd: the source is closed")
+        return self._dies[device.uuid]
+
     def close(self) -> None:
-        """Shut AMD SMI down."""
+        """Let AMD SMI go; the last source to do so shuts it down."""
         if self._open:
             self._open = False
-            with contextlib.suppress(Exception):
-                self._smi.amdsmi_shut_down()
+            with AmdSource._lock:
+                AmdSource._users -= 1
+                if AmdSource._users == 0:
+                    with contextlib.suppress(Exception):
+                        self._smi.amdsmi_shut_down()
 
 
-def _binding() -> ModuleType:
-    """Import amdsmi, first the one beside the installed library, which always fits it.
-
-    Without the library the import prints to stdout and raises KeyError; with an older one, AttributeError.
-    """
-    folder = str(Path(os.environ.get("ROCM_PATH", "/opt/rocm")) / "share" / "amd_smi")
-    sys.path.insert(0, folder)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return importlib.import_module("amdsmi")
-    except Exception as error:
-        raise SourceUnavailable(
-            f"the amdsmi binding cannot be used ({_line(error)}); install ROCm 6.1 or newer, or point ROCM_PATH at it"
-        ) from error
-    finally:
-        sys.path.remove(folder)
-
-
-def _packages(smi: ModuleType) -> list[_Package]:
+def _open_dies(smi: ModuleType, *, whole_node: bool) -> list[_Die]:
     handles = list(smi.amdsmi_get_processor_handles())
     if not handles:
         raise SourceUnavailable("AMD SMI works, but there is no GPU on this machine")
-    visible = _visible(_hip_order(smi, handles))
-    packages: list[_Package] = []
-    for index, handle in enumerate(handles):
-        pair = handles[index - 1] if index % 2 and _is_second_die(smi, handles[index - 1], handle) else None
-        if pair is not None and packages and packages[-1].meter is pair:
-            packages[-1].dies.append(handle)
-            continue
-        label = _field(smi.amdsmi_get_gpu_asic_info, handle, "market_name", kind=str) or "AMD GPU"
-        uuid = str(smi.amdsmi_get_gpu_device_uuid(handle))
-        packages.append(_Package(Device(uuid, label, "gpu", index), handle, [handle]))
-    shown = [
-        _Package(package.device, package.meter, dies)
-        for package in packages
-        if (dies := [die for die in package.dies if any(die is seen for seen in visible)])
-    ]
+    meters = _meters(smi, handles)
+    uuids = _uuids(smi, handles)
+    ordered = hip_order(smi, handles)
+    shown = [candidate for candidate in ordered if uuids[candidate.place] is not None]
+    for candidate in set(ordered).difference(shown):
+        _log.warning("AMD GPU %d is left out: it does not tell its UUID", candidate.index)
+    if not whole_node:
+        shown = [candidate for candidate in visible(ordered) if candidate in shown]
     if not shown:
-        raise SourceUnavailable("AMD SMI works, but ROCR_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES leaves no GPU")
-    return shown
+        raise SourceUnavailable("AMD SMI works, but leaves no GPU that answers to this process")
+    return [_described(smi, candidate, meters[candidate.place], uuids) for candidate in shown]
 
 
-def _is_second_die(smi: ModuleType, first: Any, second: Any) -> bool:
-    """Tell whether two dies share a package: one of them reports for both, and the other reads 0 or N/A.
+def _uuids(smi: ModuleType, handles: list[Any]) -> list[str | None]:
+    """Return what each die is called all over the world; None where it does not say."""
+    told = [word(ask(smi.amdsmi_get_gpu_device_uuid, handle)) for handle in handles]
+    uuids: list[str | None] = []
+    for uuid, handle in zip(told, handles, strict=True):
+        # Without a serial number, as in some guests of a hypervisor, the library makes equal ones.
+        alike = uuid is not None and told.count(uuid) > 1
+        place = word(ask(smi.amdsmi_get_gpu_device_bdf, handle))
+        uuids.append(f"{uuid}-{platform.node()}-{place}" if alike else uuid)
+    return uuids
 
-    Told by what they report, not by their name: MI210, MI300X and an MI250X in a virtual machine report differently.
+
+def _meters(smi: ModuleType, handles: list[Any]) -> list[tuple[int, int]]:
+    """Return, for each die, the die that reports for its package and the number of dies it reports for.
+
+    A package is told by what its dies report, not by a name: of two neighbours alike, one has power or energy.
     """
-    names = [_field(smi.amdsmi_get_gpu_asic_info, die, "market_name", kind=str) for die in (first, second)]
-    silent = not _power_watts(smi, second) and not _energy_joules(smi, second)
-    speaking = bool(_power_watts(smi, first) or _energy_joules(smi, first))
-    return names[0] == names[1] and silent and speaking
+    reports = [bool(_power_watts(smi, handle)[0] or _energy_joules(smi, handle)) for handle in handles]
+    kinds = [_kind(smi, handle) for handle in handles]
+    meters = [(place, 1) for place in range(len(handles))]
+    paired = False
+    for first, second in itertools.pairwise(range(len(handles))):
+        alike = kinds[first] is not None and kinds[first] == kinds[second]
+        paired = not paired and alike and reports[first] != reports[second]
+        if paired:
+            meters[first] = meters[second] = (first if reports[first] else second, 2)
+    return meters
 
 
-def _hip_order(smi: ModuleType, handles: list[Any]) -> list[Any]:
-    """Return the dies as HIP counts them, which differs from AMD SMI's order on some nodes (ROCm 6.4+ tells)."""
-    enumerate_info = getattr(smi, "amdsmi_get_gpu_enumeration_info", None)
-    ids = [_field(enumerate_info, handle, "hip_id") if enumerate_info else None for handle in handles]
-    known = [number for number in ids if number is not None]
-    if len(set(known)) < len(handles):
-        return handles
-    return [handle for _, handle in sorted(zip(known, handles, strict=True), key=lambda pair: pair[0])]
+def _kind(smi: ModuleType, handle: Any) -> str | None:
+    """Return the name of a die that may be one of two, or None."""
+    asic = entries(ask(smi.amdsmi_get_gpu_asic_info, handle))
+    name, architecture = word(asic.get("market_name")), word(asic.get("target_graphics_version"))
+    single = name is None or "MI210" in name or architecture not in (None, _TWO_DIES)
+    return None if single else name
 
 
-def _visible(handles: list[Any]) -> list[Any]:
-    for variable in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):  # HIP counts among what ROCR left over
-        mask = os.environ.get(variable)
-        if mask is None:
-            continue
-        entries = [entry.strip() for entry in mask.split(",") if entry.strip()]
-        if not all(entry.isdecimal() and int(entry) < len(handles) for entry in entries):
-            raise SourceUnavailable(f"{variable}='{mask}' must hold indices of the {len(handles)} dies, as in 0,1")
-        handles = [handles[int(entry)] for entry in dict.fromkeys(entries)]
-    return handles
+def _described(smi: ModuleType, candidate: Candidate, meter: tuple[int, int], uuids: list[str | None]) -> _Die:
+    """Find out what the die is and how its joules are known."""
+    handle, (reporting, parts) = candidate.handle, meter
+    meter_handle = candidate.handles[reporting]
+    asic = entries(ask(smi.amdsmi_get_gpu_asic_info, handle))
+    board = entries(ask(getattr(smi, "amdsmi_get_gpu_board_info", None), handle))
+    driver = entries(ask(getattr(smi, "amdsmi_get_gpu_driver_info", None), handle))
+    vbios = entries(ask(getattr(smi, "amdsmi_get_gpu_vbios_info", None), handle))
+    counts = bool(_energy_joules(smi, meter_handle))  # 0: a counter that is not there, as in a virtual machine
+    device = Device(
+        uuid=uuids[candidate.place] or "",
+        name=word(asic.get("market_name")) or "AMD GPU",
+        domain="gpu",
+        index=candidate.index,
+        method="counter" if counts else "integrated",
+        counter_refresh_seconds=_COUNTER_REFRESH_SECONDS if counts else 0.0,
+        power_average_seconds=_COUNTER_REFRESH_SECONDS if _power_watts(smi, meter_handle)[1] else 0.0,
+        package_uuid=uuids[reporting] if parts > 1 else None,
+        pci_bus_id=word(ask(smi.amdsmi_get_gpu_device_bdf, handle)),
+        driver_version=word(driver.get("driver_version")),
+        vbios_version=word(vbios.get("version")) or word(vbios.get("part_number")),
+        serial=word(board.get("product_serial")) or word(asic.get("asic_serial")),
+    )
+    return _Die(device, handle, meter_handle, parts)
 
 
-def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call AMD SMI; None where it refuses. Every release raises its own exceptions, so all of them count."""
-    try:
-        return function(*arguments)
-    except Exception:  # noqa: BLE001
-        return None
-
-
-def _field(function: Callable[..., Any], handle: Any, key: str, kind: type = float) -> Any:
-    """Return one entry of an answer, or None where it is missing, 'N/A' or of another type."""
-    answer = _ask(function, handle)
-    value = answer.get(key) if isinstance(answer, dict) else None
-    if kind is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if good and value is not None else None
-    return value if isinstance(value, kind) else None
-
-
-def _values(items: Any) -> list[float]:
-    return [item for item in items if item is not None]
-
-
-def _energy_joules(smi: ModuleType, die: Any) -> float | None:
-    ticks = _field(smi.amdsmi_get_energy_count, die, "energy_accumulator")
+def _energy_joules(smi: ModuleType, handle: Any) -> float | None:
+    answer = entries(ask(smi.amdsmi_get_energy_count, handle))
+    ticks = number(answer.get("energy_accumulator"))
     if ticks is None:
-        ticks = _field(smi.amdsmi_get_energy_count, die, "power")  # its name up to ROCm 6.2
-    return None if ticks is None else ticks * JOULES_PER_TICK
+        ticks = number(answer.get("power"))  # its name up to ROCm 6.2
+    return _scaled(ticks, JOULES_PER_TICK)
 
 
-def _power_watts(smi: ModuleType, die: Any) -> float | None:
-    # MI300 answers the first and 'N/A' to the second; MI200 the other way round.
-    for key in ("current_socket_power", "average_socket_power"):
-        watts: float | None = _field(smi.amdsmi_get_power_info, die, key)
-        if watts is not None:
-            return watts
-    return None
+def _power_watts(smi: ModuleType, handle: Any) -> tuple[float | None, bool]:
+    """Return the power and whether it is an average: MI300 answers the momentary field, MI200 the averaged one."""
+    answer = entries(ask(smi.amdsmi_get_power_info, handle))
+    momentary = number(answer.get("current_socket_power"), below=NO_UINT16)
+    if momentary is not None:
+        return momentary, False
+    return number(answer.get("average_socket_power"), below=NO_UINT16), True
 
 
-def _celsius(smi: ModuleType, die: Any) -> float | None:
-    for sensor in ("HOTSPOT", "JUNCTION", "EDGE"):
+def _limits_watts(smi: ModuleType, die: _Die) -> tuple[float | None, float | None]:
+    """Return the die's part of the cap in force and of the highest one."""
+    now, known = time.monotonic(), die.limits
+    if known is None or now - known[0] > _LIMIT_KEPT_SECONDS:
+        answer = entries(ask(smi.amdsmi_get_power_cap_info, die.meter))
+        cap, highest = (number(answer.get(key), below=NO_UINT32) or None for key in ("power_cap", "max_power_cap"))
+        known = now, _scaled(cap, 1e-6 / die.parts), _scaled(highest, 1e-6 / die.parts)  # uW
+        die.limits = known
+    return known[1], known[2]
+
+
+def _celsius(smi: ModuleType, handle: Any, *sensors: str) -> float | None:
+    """Return the first of some sensors that answers; 0 is how one that is not there answers."""
+    for sensor in sensors:
         kind = getattr(smi.AmdSmiTemperatureType, sensor, None)
-        value = _ask(smi.amdsmi_get_temp_metric, die, kind, smi.AmdSmiTemperatureMetric.CURRENT) if kind else None
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            return float(value)
+        if kind is not None:
+            value = number(
+                ask(smi.amdsmi_get_temp_metric, handle, kind, smi.AmdSmiTemperatureMetric.CURRENT), below=1000
+            )
+            if value:
+                return value
     return None
 
 
-def _hertz(smi: ModuleType, die: Any, clock: str) -> float | None:
-    kind = getattr(smi.AmdSmiClkType, clock)
-    for key in ("clk", "cur_clk"):  # renamed in ROCm 6.2
-        megahertz = _field(lambda handle: smi.amdsmi_get_clock_info(handle, kind), die, key)
-        if megahertz is not None:
-            return float(megahertz) * 1e6
-    return None
+def _hottest_hbm(smi: ModuleType, handle: Any) -> float | None:
+    stacks = [_celsius(smi, handle, f"HBM_{stack}") for stack in range(4)]
+    return max((value for value in stacks if value is not None), default=None)
 
 
-def _throttle_reasons(smi: ModuleType, die: Any) -> tuple[str, ...] | None:
-    """Return what holds the clock down; only MI300 and newer tell (ROCm 6.3+)."""
-    status = _ask(smi.amdsmi_get_violation_status, die) if hasattr(smi, "amdsmi_get_violation_status") else None
-    if not isinstance(status, dict):
-        return None
-    known = {word: status.get(key) for key, word in _VIOLATIONS.items() if isinstance(status.get(key), bool)}
-    return tuple(word for word, active in known.items() if active) if known else None
+def _hertz(smi: ModuleType, handle: Any, clock: str) -> float | None:
+    answer = entries(ask(smi.amdsmi_get_clock_info, handle, getattr(smi.AmdSmiClkType, clock)))
+    megahertz = number(answer.get("clk", answer.get("cur_clk")), below=NO_UINT16)  # renamed in ROCm 6.2
+    return _scaled(megahertz or None, 1e6)
 
 
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _is_mute(smi: ModuleType, handle: Any) -> bool:
+    """Tell whether a die without energy and power answers nothing else either; its UUID may come from a cache."""
+    return ask(smi.amdsmi_get_gpu_activity, handle) is None and ask(smi.amdsmi_get_gpu_vram_usage, handle) is None
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

@@ -305,9 +305,20 @@ class EnergyReport:
         return cls(shares, seconds, _number(table, "coverage_ratio", "energy report"), tuple(warnings))
 
 
-def _rank(share: Share) -> tuple[float, int, float]:
+def _rank(share: Share) -> tuple[Any, ...]:
     """Order rivals for one key by what they cost, then the more doubtful first, so that addition commutes."""
-    return (-1.0 if share.joules is None else share.joules, METHODS.index(share.method), -share.coverage_ratio)
+    low, high = share.joules_low, share.joules_high
+    throttled = sorted((share.throttled_seconds or {}).items())
+    return (
+        -1.0 if share.joules is None else share.joules,
+        METHODS.index(share.method),
+        -share.coverage_ratio,
+        math.inf if high is None else high,
+        math.inf if low is None else -low,
+        share.attribution,
+        share.throttled_seconds is not None,
+        throttled,
+    )
 
 
 def _union_seconds(shares: Iterable[Share]) -> float:

@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 from wattier_telemetry import EnergyReport, Share
 
 shares = st.builds(
-    lambda uuid, start, length, fraction, joules, method, coverage: Share(
-        uuid, "gpu", start, start + length, fraction, joules, method, coverage
+    lambda uuid, start, length, fraction, joules, method, coverage, slack, attribution, throttled: Share(
+        uuid,
+        "gpu",
+        start,
+        start + length,
+        fraction,
+        joules,
+        method,
+        coverage,
+        None if joules is None or slack is None else max(0.0, joules - slack),
+        None if joules is None or slack is None else joules + slack,
+        attribution,
+        throttled,
     ),
     st.sampled_from(["a", "b"]),
     st.integers(0, 3).map(float),
@@ -19,6 +30,9 @@ shares = st.builds(
     st.none() | st.floats(0, 1e6),
     st.sampled_from(["counter", "integrated", "estimated"]),
     st.floats(0, 1),
+    st.none() | st.floats(0, 100),
+    st.sampled_from(["whole", "utilization", "equal"]),
+    st.none() | st.dictionaries(st.sampled_from(["power_cap", "heat"]), st.floats(0, 3)),
 )
 reports = st.builds(EnergyReport.of, st.lists(shares, max_size=5), st.lists(st.sampled_from("xyz"), max_size=3))
 
@@ -121,3 +135,49 @@ def test_bad_share_is_refused(change):
 def test_not_an_object():
     with pytest.raises(ValueError, match="must be a JSON object"):
         EnergyReport.from_dict([])
+
+
+def test_bounds_add_up_and_a_share_without_one_counts_as_it_is():
+    report = EnergyReport.of([share(joules_low=4.0, joules_high=7.0), share("b", joules=10.0), share("c", joules=None)])
+    assert (report.joules_low, report.joules, report.joules_high) == (14.0, 15.0, 17.0)
+    assert (EnergyReport.empty().joules_low, EnergyReport.empty().joules_high) == (None, None)
+
+
+def test_throttling_is_a_part_of_the_time_of_the_devices_that_can_say():
+    report = EnergyReport.of(
+        [
+            share("a", throttled_seconds={"power_cap": 3.0, "heat": 0.0}),
+            share("b", throttled_seconds={"power_cap": 1.0, "heat": 2.0}),
+            share("c"),
+        ]
+    )
+    assert report.throttled_seconds == {"heat": 2.0, "power_cap": 4.0}
+    assert report.throttled_ratio == 4.0 / 20.0
+    assert EnergyReport.of([share()]).throttled_ratio is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"joules_low": -1.0},
+        {"joules_low": 6.0, "joules_high": 5.5},
+        {"joules_high": float("nan")},
+        {"throttled_seconds": {"heat": -1.0}},
+        {"throttled_seconds": {"heat": float("inf")}},
+        {"attribution": "fair"},
+    ],
+)
+def test_bounds_and_throttling_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
+        share(**wrong)
+    data = EnergyReport.of([share()]).to_dict()
+    data["shares"][0] |= wrong
+    with pytest.raises(ValueError, match=r"shares\[0\]|share"):
+        EnergyReport.from_dict(data)
+
+
+def test_a_report_from_before_there_were_bounds_is_still_read():
+    data = EnergyReport.of([share()]).to_dict()
+    for name in ("joules_low", "joules_high", "attribution", "throttled_seconds"):
+        del data["shares"][0][name]
+    assert EnergyReport.from_dict(data) == EnergyReport.of([share()])
