@@ -1,98 +1,183 @@
 # ruff: noqa: T201  (printing is what a command line is for)
-"""The command ``wattier-telemetry``: doctor, read, serve."""
+"""The command ``wattier-telemetry``: doctor, read, watch, record, report, serve."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
+import os
 import signal
 import sys
 import threading
+import time
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
-from pathlib import Path
-from typing import NoReturn
 
-from wattier_telemetry.doctor import diagnose
-from wattier_telemetry.exporter import DEFAULT_PORT, serve
-from wattier_telemetry.source import SourceUnavailable, open_source
+from wattier_telemetry.card import make_card
+from wattier_telemetry.card_text import render, span
+from wattier_telemetry.commands import make_parser
+from wattier_telemetry.doctor import diagnose, remarks
+from wattier_telemetry.exporter import ServeOptions, start
+from wattier_telemetry.recorder import Recording, TraceWriter, record
+from wattier_telemetry.source import PowerSource, SourceUnavailable, open_node_sources, open_source
+from wattier_telemetry.watch import Watcher, watch
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say it in one line; the usage text is what --help is for."""
-        self.exit(2, f"{self.prog}: {message}\n")
+_PROGRESS_SECONDS = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 2 it cannot be done as asked."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
+    commands = {
+        "doctor": _doctor,
+        "read": _read,
+        "watch": _watch,
+        "record": _record,
+        "report": _report,
+        "serve": _serve,
+    }
     try:
-        if options.command == "doctor":
-            return _doctor()
-        if options.command == "read":
-            return _read(options.source)
-        return _serve(options.source, options.address, options.port, options.registry)
+        return commands[options.command](options)
+    except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed into it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SourceUnavailable as error:
-        sys.stderr.write(f"wattier-telemetry: {error}\n")
-    except OSError as error:
-        sys.stderr.write(f"wattier-telemetry: {options.command}: {error}\n")
+        message = str(error)
+    except (ValueError, ImportError, OSError) as error:
+        message = f"{options.command}: {error}"
+    sys.stderr.write(f"wattier-telemetry: {' '.join(message.split())}\n")
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="wattier-telemetry", description="Measure the energy of GPUs and CPUs.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    commands.add_parser("doctor", help="say what can be measured on this machine")
-    read = commands.add_parser("read", help="print one reading of every device as JSON")
-    serving = commands.add_parser("serve", help="serve Prometheus metrics until stopped")
-    for command in (read, serving):
-        command.add_argument(
-            "--source", default="auto", help="auto, nvml, amd, rapl, estimated or replay:<path> (default: auto)"
-        )
-    serving.add_argument("--address", default="127.0.0.1", help="where to listen (default: this machine alone)")
-    serving.add_argument("--port", type=_port, default=DEFAULT_PORT, help=f"default: {DEFAULT_PORT}")
-    serving.add_argument("--registry", type=Path, default=None, help="folder where trials register")
-    return parser
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"is '{text}', but must be a number from 0 to 65535")
-    return int(text)
-
-
-def _doctor() -> int:
+def _doctor(_: Namespace) -> int:
     for finding in diagnose():
         print(f"{'ok ' if finding.works else '-- '} {finding.source:<10} {finding.measures}")
-        if finding.what_to_do:
-            print(f"               {finding.what_to_do}")
+        for line in (*finding.notes, finding.what_to_do):
+            if line:
+                print(f"               {line}")
+    for remark in remarks():
+        print(f"note           {remark}")
     return 0
 
 
-def _read(name: str) -> int:
-    source = open_source(name)
-    try:
+def _read(options: Namespace) -> int:
+    with closing(open_source(options.source)) as source:
         devices = [{**asdict(device), "reading": asdict(source.read(device))} for device in source.devices()]
-        print(json.dumps({"source": source.name, "devices": devices}, indent=2))
-    finally:
-        source.close()
+    print(json.dumps({"source": source.name, "devices": devices}, indent=2))
     return 0
 
 
-def _serve(name: str, address: str, port: int, registry: Path | None) -> int:
+def _watch(options: Namespace) -> int:
+    stop = _stop_on_signals()
+    with ExitStack() as stack:
+        watcher = Watcher(_open(stack, options.source), options.registry, period_seconds=options.period)
+        if options.once:
+            watcher.lines()
+            time.sleep(min(0.5, options.period))  # a bare counter shows its power at the second look
+            print("\n".join(watcher.lines()))
+            return 0
+        watch(watcher, period_seconds=options.period, stop=stop, out=sys.stdout, keys=sys.stdin)
+    return 0
+
+
+def _record(options: Namespace) -> int:
+    stop = _stop_on_signals()
+    with ExitStack() as stack:
+        sources = _open(stack, options.source)
+        if any(source.name == "estimated" for source in sources):
+            sys.stderr.write("record: no counter here; the estimate knows only the processes of this command itself\n")
+        writer = TraceWriter(options.output)
+        try:
+            with writer:
+                state = record(
+                    sources,
+                    writer,
+                    period_seconds=options.period,
+                    duration_seconds=options.duration,
+                    registry=options.registry,
+                    stop=stop,
+                    progress=_Progress(options.output.name),
+                )
+        except OSError as error:
+            raise OSError(f"{error}; what was recorded is in {writer.growing}") from error
+    for uuid, failures in state.failures.items():
+        sys.stderr.write(f"record: {uuid}: {failures} readings failed, the last with: {state.reasons[uuid]}\n")
+    print(f"{options.output}: {state.samples} samples in {span(state.seconds)}")
+    return 0
+
+
+class _Progress:
+    """A line on the terminal that is rewritten each second; silent elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._shown = 0.0
+
+    def __call__(self, state: Recording) -> None:
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self._shown >= _PROGRESS_SECONDS:
+            self._shown = now
+            failed = sum(state.failures.values())
+            line = f"{self._name}: {span(state.seconds)}, {state.samples} samples" + (
+                f", {failed} failed" * bool(failed)
+            )
+            sys.stderr.write(f"\r{line[:78]}\x1b[K")
+            sys.stderr.flush()
+
+
+def _report(options: Namespace) -> int:
+    card = make_card(options.file, grid_grams_co2_per_kwh=options.grid_intensity)
+    if options.json:
+        print(json.dumps(card.to_dict(), indent=2, allow_nan=False))
+    else:
+        sys.stdout.write(render(card))
+    return 0
+
+
+def _serve(options: Namespace) -> int:
+    settings = ServeOptions(
+        sources=options.source,
+        address=options.address,
+        port=options.port,
+        registry=options.registry,
+        period_seconds=options.period,
+        allow=tuple(options.allow),
+        token_file=options.token_file,
+        tls_certificate=options.tls_certificate,
+        tls_key=options.tls_key,
+        names=options.names,
+        push=options.push,
+        push_format=options.push_format,
+        spool=options.spool,
+        flush_seconds=options.flush,
+        discovery=options.discovery,
+    )
+    stop = _stop_on_signals()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    running = start(settings)
+    try:
+        print(f"serving {options.source} on {running.url}", flush=True)
+        stop.wait()
+    finally:
+        running.close()
+    return 0
+
+
+def _open(stack: ExitStack, names: str) -> list[PowerSource]:
+    # A path may hold a comma, which parts names elsewhere.
+    sources = [open_source(names)] if names.startswith("replay:") else open_node_sources(names)
+    for source in sources:
+        stack.callback(source.close)
+    return sources
+
+
+def _stop_on_signals() -> threading.Event:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    source = open_source(name)
-    try:
-        exporter = serve(source, address, port, registry)
-        print(f"serving {source.name} on http://{exporter.address}:{exporter.port}/metrics", flush=True)
-        stop.wait()
-        exporter.close()
-    finally:
-        source.close()
-    return 0
+    return stop
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from wattier_telemetry.records import Device, Domain, Reading
 from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 POWERCAP = Path("/sys/class/powercap")
+_REFRESH_SECONDS = 0.001  # the processor updates its counter about every millisecond
 
 
 @dataclass
@@ -76,7 +77,8 @@ def _zones(root: Path) -> list[_Zone]:
         domain: Domain | None = "cpu" if label.startswith("package") else "dram" if label == "dram" else None
         if domain is None:
             continue
-        device = Device(f"{host}:{folder.name}", f"{label} {folder.name}", domain, len(zones))
+        uuid = f"{host}:{folder.name}"
+        device = Device(uuid, f"{label} {folder.name}", domain, len(zones), counter_refresh_seconds=_REFRESH_SECONDS)
         file = folder / "energy_uj"
         zone = _Zone(device, file, _microjoules(folder / "max_energy_range_uj"))
         zone.last_microjoules = _microjoules(file)
