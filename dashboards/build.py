@@ -135,7 +135,7 @@ def running() -> str:
 
 def campaign_panels() -> Iterator[AnyPanel]:
     """The search: what runs, how it learns, what it costs."""
-    counter = 'wattier_trial_energy_joules_total{run=~"$run"}'
+    counter = 'wattier_trial_metered_joules_total{run=~"$run"}'
     # The last value in the time range, so that trials that ended are there too.
     energy, last_energy = trial_joules(counter), trial_joules(f"last_over_time({counter}[$__range])")
     yield figure("Trials running", "Trials with a live process on some node.", COUNT, Query(f"count({running()})"))

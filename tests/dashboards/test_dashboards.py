@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wattier_telemetry import Device, Reading, TrialRegistration, open_source, serve
+from wattier_telemetry import Device, Reading, TrialRegistration, open_source
+from wattier_telemetry.exporter import serve
+from wattier_telemetry.source import PowerSource
 
 promql_parser = pytest.importorskip("promql_parser", reason="the extra [dev] is not installed")
 pytest.importorskip("grafana_foundation_sdk", reason="the extra [dashboards] is not installed")
@@ -203,10 +205,10 @@ class TestPromtool:
         assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
-class FullSource:
+class FullSource(PowerSource):
     """One device that knows everything and is throttled, and one that always fails."""
 
-    name, method = "full", "counter"
+    name = "full"
 
     def devices(self):
         return Device("full-0", "Full", "gpu", 0), Device("broken-0", "Broken", "gpu", 1)
@@ -214,7 +216,18 @@ class FullSource:
     def read(self, device):
         if device.uuid == "broken-0":
             raise OSError("lost")
-        return Reading(time.time(), 300.0, 1e6, 0.9, 60e9, 80e9, 61.0, 1.7e9, 2.6e9, ("power_cap",))
+        return Reading(
+            time_seconds=time.time(),
+            power_watts=300.0,
+            energy_joules=1e6,
+            utilization_ratio=0.9,
+            memory_used_bytes=60e9,
+            memory_total_bytes=80e9,
+            temperature_celsius=61.0,
+            clock_hertz=1.7e9,
+            memory_clock_hertz=2.6e9,
+            throttle_reasons=("power_cap",),
+        )
 
     def close(self):
         pass
@@ -337,8 +350,8 @@ def live(tmp_path_factory):
         stack.callback(exporter.terminate)
         full = serve(FullSource(), port=0, registry_folder=folder / "nobody")
         stack.callback(full.close)
-        replay = f"127.0.0.1:{port}"
-        _configure(folder, [replay, f"127.0.0.1:{full.port}"])
+        replay = f"localhost:{port}"
+        _configure(folder, [replay, f"localhost:{full.port}"])
         server, process = stack.enter_context(_prometheus(folder))
         _wait_for_data(server, process, folder)
         yield server, replay
