@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 
-from wattier_telemetry.card import make_card
-from wattier_telemetry.card_text import render, span
 from wattier_telemetry.commands import make_parser
 from wattier_telemetry.doctor import diagnose, remarks
 from wattier_telemetry.exporter import ServeOptions, start
-from wattier_telemetry.recorder import Recording, TraceWriter, record
+from wattier_telemetry.recording.card import make_card
+from wattier_telemetry.recording.card_text import render, span
+from wattier_telemetry.recording.recorder import Recording, TraceWriter, record
 from wattier_telemetry.source import PowerSource, SourceUnavailable, open_node_sources, open_source
 from wattier_telemetry.watch import Watcher, watch
 

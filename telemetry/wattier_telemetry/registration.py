@@ -110,11 +110,11 @@ def read_registrations(folder: Path | None = None) -> list[TrialRegistration]:
     found = []
     for path in sorted(folder.glob("[!.]*.json")):
         try:
-            registration = _parse(json.loads(path.read_bytes()))
+            registration = parse_registration(json.loads(path.read_bytes()))
             written_seconds = path.stat().st_mtime
         except (OSError, ValueError, TypeError):
             continue
-        if registration.host == socket.gethostname() and not _alive(registration.pid, written_seconds):
+        if registration.host == socket.gethostname() and not is_alive(registration.pid, written_seconds):
             with contextlib.suppress(OSError):
                 path.unlink()
             continue
@@ -122,7 +122,8 @@ def read_registrations(folder: Path | None = None) -> list[TrialRegistration]:
     return found
 
 
-def _alive(pid: int, written_seconds: float) -> bool:
+def is_alive(pid: int, written_seconds: float) -> bool:
+    """Whether the process that wrote a file at this time, in seconds since 1970, still runs."""
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -135,8 +136,12 @@ def _alive(pid: int, written_seconds: float) -> bool:
         return True
 
 
-def _parse(data: Any) -> TrialRegistration:
-    """Check what the exporter will rely on; a file by another version of Wattier may hold more."""
+def parse_registration(data: Any) -> TrialRegistration:
+    """Check what the exporter will rely on; a file by another version of Wattier may hold more.
+
+    Raises:
+        TypeError, ValueError: If a field is missing or has a wrong type.
+    """
     if not isinstance(data, dict):
         raise TypeError("a registration is a JSON object")
     known = {f.name for f in fields(TrialRegistration)}
@@ -149,6 +154,8 @@ def _parse(data: Any) -> TrialRegistration:
         and all(isinstance(count, int) for count in counts)
         and isinstance(registration.device_uuids, list)
         and all(isinstance(getattr(registration, name), int | float | None) for name in measures)
+        and all(math.isfinite(getattr(registration, name) or 0) for name in measures)
+        and 0 < registration.fraction <= 1
         and registration.method in (None, *METHODS)
     )
     if not good:

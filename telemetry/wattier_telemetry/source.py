@@ -81,7 +81,7 @@ def open_source(name: str = "auto", *, rated_watts: float | None = None, whole_n
     if kind == "replay":
         if not path:
             raise SourceUnavailable("power source 'replay' needs a file: replay:<path of a CSV or Parquet file>")
-        from wattier_telemetry.replay import ReplaySource
+        from wattier_telemetry.sources.replay import ReplaySource
 
         return ReplaySource(Path(path))
     openers = _openers(rated_watts, whole_node=whole_node)
@@ -136,11 +136,11 @@ def _first_that_works(rated_watts: float | None) -> PowerSource:
 
 def _openers(rated_watts: float | None, *, whole_node: bool) -> dict[str, Callable[[], PowerSource]]:
     """Return how to open each source; imported here because a source imports this file for its exception."""
-    from wattier_telemetry.amd import AmdSource
-    from wattier_telemetry.cray import CraySource
-    from wattier_telemetry.estimated import EstimatedSource
-    from wattier_telemetry.nvml import NvmlSource
-    from wattier_telemetry.rapl import RaplSource
+    from wattier_telemetry.sources.amd import AmdSource
+    from wattier_telemetry.sources.cray import CraySource
+    from wattier_telemetry.sources.estimated import EstimatedSource
+    from wattier_telemetry.sources.nvml import NvmlSource
+    from wattier_telemetry.sources.rapl import RaplSource
 
     return {
         "nvml": lambda: NvmlSource(whole_node=whole_node),

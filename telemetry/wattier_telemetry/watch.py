@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TextIO
 
 from wattier_telemetry.account import Account
-from wattier_telemetry.card_text import figure, printable
-from wattier_telemetry.recorder import Owners
+from wattier_telemetry.recording.card_text import figure, printable
+from wattier_telemetry.recording.recorder import Owners
 from wattier_telemetry.records import Device, Reading
 from wattier_telemetry.registration import TrialRegistration
 from wattier_telemetry.source import PowerSource

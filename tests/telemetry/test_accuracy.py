@@ -15,8 +15,8 @@ import pytest
 from scenario import SimulatedDevice
 
 from wattier_telemetry import EnergyMeter, Reading
-from wattier_telemetry.nvml import NvmlSource
 from wattier_telemetry.source import PowerSource
+from wattier_telemetry.sources.nvml import NvmlSource
 
 LONG_SECONDS = 20.0
 HARD = {  # name: device; every one must be right within 0.5 % over 20 s

@@ -13,9 +13,9 @@ from contract import PowerSourceContract
 from scenario import SimulatedDevice, write_scenario
 
 from wattier_telemetry import EnergyMeter, SourceUnavailable, open_source
-from wattier_telemetry.amd import AmdSource
-from wattier_telemetry.amd_throttle import Throttling, reasons_of_bits
 from wattier_telemetry.source import PowerSource
+from wattier_telemetry.sources.amd import AmdSource
+from wattier_telemetry.sources.amd_throttle import Throttling, reasons_of_bits
 
 MI250X = {"name": "AMD_Instinct_MI250X", "gfx": "90a", "current": "na", "refresh": 0}
 MI300X = {"name": "AMD_Instinct_MI300X", "gfx": "942", "average": "na", "refresh": 0, "vram_total": 196592}

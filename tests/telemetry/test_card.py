@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from wattier_telemetry.card import make_card
-from wattier_telemetry.card_text import figure, render, span
-from wattier_telemetry.trace import TraceError
+from wattier_telemetry.recording.card import make_card
+from wattier_telemetry.recording.card_text import figure, render, span
+from wattier_telemetry.recording.trace import TraceError
 
 PLAIN = "time_seconds,device,power_watts"
 

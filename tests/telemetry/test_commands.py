@@ -20,13 +20,13 @@ from fcntl import ioctl
 import pytest
 
 from wattier_telemetry import TrialRegistration, open_source
-from wattier_telemetry import cray as cray_module
 from wattier_telemetry.cli import main
 from wattier_telemetry.commands import make_parser
 from wattier_telemetry.doctor import diagnose, remarks
-from wattier_telemetry.recorder import TraceWriter, record
+from wattier_telemetry.recording.recorder import TraceWriter, record
+from wattier_telemetry.recording.trace import read_trace
 from wattier_telemetry.source import SourceUnavailable
-from wattier_telemetry.trace import read_trace
+from wattier_telemetry.sources import cray as cray_module
 from wattier_telemetry.watch import Watcher
 
 COMMAND = [sys.executable, "-m", "wattier_telemetry.cli"]

@@ -7,8 +7,8 @@ import pytest
 from contract import PowerSourceContract
 
 from wattier_telemetry import SourceUnavailable, open_source
-from wattier_telemetry import cray as cray_module
-from wattier_telemetry.cray import CraySource
+from wattier_telemetry.sources import cray as cray_module
+from wattier_telemetry.sources.cray import CraySource
 
 # A node with one processor and four accelerator modules, as /sys/cray/pm_counters shows it. The node's total holds the
 # others, and what no file names: 1034 - 143 - 87 - 4 accelerators = 45 W of network and board.

@@ -1,25 +1,67 @@
-"""The exporter scraped over HTTP and parsed as Prometheus does; registrations; the command line."""
+"""The exporter scraped over HTTP and parsed as Prometheus does; the metric table; registrations."""
 
+import json
 import math
 import os
-import signal
+import socket
 import subprocess
 import sys
+import threading
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from scripted import ScriptedSource
 
-from wattier_telemetry import SourceUnavailable, TrialRegistration, open_source, read_registrations, serve
-from wattier_telemetry.cli import main
+from wattier_telemetry import Reading, SourceUnavailable, TrialRegistration, open_source, read_registrations
+from wattier_telemetry.exporter import Renderer, ServeOptions, run, serve, start
+from wattier_telemetry.exporter.metrics import METRICS, Point, document, expose
+from wattier_telemetry.exporter.sampler import Sampler
+from wattier_telemetry.exporter.series import WattierView
 from wattier_telemetry.registration import default_folder
+
+EVERYTHING = {
+    "utilization_ratio": 0.75,
+    "memory_utilization_ratio": 0.5,
+    "memory_used_bytes": 10.0 * 2**30,
+    "memory_total_bytes": 150.0 * 2**30,
+    "temperature_celsius": 61.0,
+    "memory_temperature_celsius": 70.0,
+    "clock_hertz": 1.98e9,
+    "memory_clock_hertz": 3.201e9,
+    "power_limit_watts": 650.0,
+    "power_limit_max_watts": 700.0,
+    "ecc_corrected": 3.0,
+    "ecc_uncorrected": 1.0,
+}
+NAMES = {  # what a dashboard asks for, written out: a renamed metric breaks somebody's panel
+    "utilization_ratio": "wattier_utilization_ratio",
+    "memory_utilization_ratio": "wattier_memory_utilization_ratio",
+    "memory_used_bytes": "wattier_memory_used_bytes",
+    "memory_total_bytes": "wattier_memory_total_bytes",
+    "temperature_celsius": "wattier_temperature_celsius",
+    "memory_temperature_celsius": "wattier_memory_temperature_celsius",
+    "clock_hertz": "wattier_clock_hertz",
+    "memory_clock_hertz": "wattier_memory_clock_hertz",
+    "power_limit_watts": "wattier_power_limit_watts",
+    "power_limit_max_watts": "wattier_power_limit_max_watts",
+    "ecc_corrected": "wattier_ecc_corrected_total",
+    "ecc_uncorrected": "wattier_ecc_uncorrected_total",
+}
+
+
+def parse(text):
+    """Return {(name, labels): value}, as Prometheus' own parser reads it."""
+    families = text_string_to_metric_families(text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
 
 def scrape(port):
-    """Return {(name, labels): value} of one scrape."""
+    """Return one scrape, parsed."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+        return parse(answer.read().decode())
 
 
 def pick(samples, name, **labels):
@@ -31,14 +73,14 @@ def pick(samples, name, **labels):
 def exporter(tmp_path):
     running = []
 
-    def start(source):
+    def begin(source):
         running.append((serve(source, port=0, registry_folder=tmp_path / "trials"), source))
         return running[-1][0]
 
-    yield start
+    yield begin
     for server, source in running:
-        server.close()
         source.close()
+        server.close()
 
 
 def trial(**changes):
@@ -48,21 +90,21 @@ def trial(**changes):
 
 
 class TestExporter:
-    def test_devices(self, exporter, fake_nvml):
-        samples = scrape(exporter(open_source("nvml")).port)
-        labels = {"uuid": "GPU-aaaa-0000", "device": "Simulated H200", "domain": "gpu", "source": "nvml"}
-        expected = {
-            "wattier_power_watts": 300,
-            "wattier_utilization_ratio": 0.75,
-            "wattier_memory_used_bytes": 10 * 2**30,
-            "wattier_memory_total_bytes": 150 * 2**30,
-            "wattier_temperature_celsius": 61,
-            "wattier_clock_hertz": 1.98e9,
-            "wattier_memory_clock_hertz": 3.201e9,
-        }
-        assert {name: pick(samples, name, **labels) for name in expected} == {n: [v] for n, v in expected.items()}
-        assert pick(samples, "wattier_energy_joules_total", **labels)[0] > 0
-        assert pick(samples, "wattier_throttled", reason="power_cap", **labels) == [1]
+    def test_every_field_of_a_reading_has_a_series(self, exporter):
+        source = ScriptedSource(u=300.0)
+        source.extra = EVERYTHING
+        samples = scrape(exporter(source).port)
+        labels = {"uuid": "u", "device": "GPU u", "domain": "gpu", "source": "scripted"}
+        assert {f: pick(samples, n, **labels) for f, n in NAMES.items()} == {f: [v] for f, v in EVERYTHING.items()}
+        assert pick(samples, "wattier_power_watts", **labels) == [300]
+        assert pick(samples, "wattier_energy_joules_total", method="counter", **labels)[0] > 0
+        fields = set(Reading.__slots__) - {"time_seconds", "throttle_reasons", "throttle_seconds"}
+        assert fields == NAMES.keys() | {"power_watts", "energy_joules"}
+
+    def test_nvml_through_its_real_binding(self, exporter, two_gpus):
+        samples = scrape(exporter(open_source("nvml", whole_node=True)).port)
+        assert pick(samples, "wattier_power_watts", source="nvml") == pytest.approx([300, 300], rel=0.05)
+        assert len(pick(samples, "wattier_energy_joules_total", method="counter")) == 2
 
     def test_unknown_fields_are_absent(self, exporter, trace):
         samples = scrape(exporter(open_source(f"replay:{trace('0,g,100')}")).port)
@@ -70,40 +112,188 @@ class TestExporter:
         assert not pick(samples, "wattier_temperature_celsius")
         assert not pick(samples, "wattier_throttled")
 
-    def test_failing_device_does_not_take_the_other_along(self, exporter, fake_nvml, monkeypatch):
-        port = exporter(open_source("nvml")).port
-        monkeypatch.setenv("FAKE_NVML_LOST", "1")
-        scrape(port)
-        samples = scrape(port)
-        assert pick(samples, "wattier_power_watts") == [300]
-        assert pick(samples, "wattier_read_errors_total", uuid="GPU-bbbb-0000") == [2]
-        assert pick(samples, "wattier_read_errors_total", uuid="GPU-aaaa-0000") == [0]
+    def test_failing_device_does_not_take_the_other_along(self, exporter):
+        source = ScriptedSource(u=1.0, v=2.0)
+        server = exporter(source)
+        server.sampler.stale_seconds = 0.2
+        assert pick(scrape(server.port), "wattier_power_watts", uuid="u") == [1.0]
+        source.failing.add("u")
+        threading.Event().wait(0.3)
+        samples = scrape(server.port)
+        assert pick(samples, "wattier_read_errors_total", uuid="u")[0] >= 1
+        assert pick(samples, "wattier_read_errors_total", uuid="v") == [0]
+        assert not pick(samples, "wattier_power_watts", uuid="u")
+        assert pick(samples, "wattier_power_watts", uuid="v") == [2.0]
 
     def test_power_from_a_bare_counter(self, exporter, powercap):
-        from wattier_telemetry.rapl import RaplSource
+        from wattier_telemetry.sources.rapl import RaplSource
 
-        port = exporter(RaplSource(powercap)).port
-        assert not pick(scrape(port), "wattier_power_watts")
+        server = exporter(RaplSource(powercap))
+        assert not pick(scrape(server.port), "wattier_power_watts")
         (powercap / "intel-rapl:0/energy_uj").write_text("2000000")
-        assert max(pick(scrape(port), "wattier_power_watts", domain="cpu")) > 0
+        for _ in range(100):
+            if watts := pick(scrape(server.port), "wattier_power_watts", domain="cpu"):
+                break
+            threading.Event().wait(0.05)
+        assert max(watts) > 0
 
-    def test_trials(self, exporter, trace, tmp_path):
-        port = exporter(open_source(f"replay:{trace('0,g,100')}")).port
+    def test_energy_without_a_counter_is_added_up_and_says_so(self, exporter):
+        source = ScriptedSource(u=1000.0)
+        source.counter = False
+        server = exporter(source)
+        scrape(server.port)
+        threading.Event().wait(0.3)
+        (joules,) = pick(scrape(server.port), "wattier_energy_joules_total", method="integrated")
+        assert joules == pytest.approx(1000 * (source.read_times[-1] - source.read_times[0]), rel=0.1)
+
+    def test_throttling(self, exporter):
+        source = ScriptedSource(u=1.0)
+        source.extra = {"throttle_reasons": (), "throttle_seconds": {"power_cap": 12.5, "software_thermal": 0.0}}
+        server = exporter(source)
+        samples = scrape(server.port)
+        reasons = {reason: pick(samples, "wattier_throttled", reason=reason) for reason in ("none", "power_cap")}
+        assert reasons == {"none": [0], "power_cap": [0]}
+        assert pick(samples, "wattier_throttled_seconds_total", reason="power_cap") == [12.5]
+        source.extra = {"throttle_reasons": ("power_cap",), "throttle_seconds": {"power_cap": 13.0}}
+        threading.Event().wait(0.1)
+        samples = scrape(server.port)
+        assert pick(samples, "wattier_throttled", reason="power_cap") == [1]
+        assert not pick(samples, "wattier_throttled", reason="none")
+        assert pick(samples, "wattier_throttle_events_total", reason="power_cap") == [1]
+
+    def test_trials(self, exporter, tmp_path):
+        port = exporter(ScriptedSource(u=100.0)).port
         assert not pick(scrape(port), "wattier_trial_info")
-        registration = trial(epoch=3, val_loss=0.25, structures_per_second=120.5, energy_joules=77.0, method="counter")
+        registration = trial(
+            epoch=3, epochs=9, val_loss=0.25, structures_per_second=120.5, energy_joules=77.0, method="counter"
+        )
         registration.write(tmp_path / "trials")
+        threading.Event().wait(0.1)
         samples, labels = scrape(port), {"run": "r", "stage": "s1", "trial": "t7", "rank": "0"}
         assert pick(samples, "wattier_trial_info", uuid="u", method="counter", **labels) == [1]
-        assert pick(samples, "wattier_trial_energy_joules_total", **labels) == [77]
+        assert pick(samples, "wattier_trial_metered_joules_total", **labels) == [77]
+        assert pick(samples, "wattier_trial_energy_joules_total", uuid="u", **labels)[0] < 77
         assert pick(samples, "wattier_trial_epoch", **labels) == [3]
+        assert pick(samples, "wattier_trial_epochs_planned", **labels) == [9]
         assert pick(samples, "wattier_trial_val_loss", **labels) == [0.25]
         assert pick(samples, "wattier_trial_structures_per_second", **labels) == [120.5]
         registration.withdraw(tmp_path / "trials")
-        assert not pick(scrape(port), "wattier_trial_info")
+        threading.Event().wait(0.1)
+        samples = scrape(port)
+        assert not pick(samples, "wattier_trial_info")
+        assert len(pick(samples, "wattier_trial_energy_joules_total")) == 1  # its last joules, once
+        threading.Event().wait(0.1)
+        assert not [name for name, _ in scrape(port) if name.startswith("wattier_trial_")]
 
-    def test_binds_loopback(self, exporter, trace):
-        server = exporter(open_source(f"replay:{trace('0,g,100')}"))
-        assert server.address == "127.0.0.1"
+    def test_awkward_labels_are_escaped(self, exporter, tmp_path):
+        name = 'a"b\\c\nd{e="f"} 1 # ü'
+        path = trial(trial=name).write(tmp_path / "trials")
+        path.write_text(path.read_text().replace('"s1"', r'"\ud800"'))  # JSON may hold what UTF-8 cannot
+        found = [dict(have) for (n, have) in scrape(exporter(ScriptedSource(u=1.0)).port) if n == "wattier_trial_info"]
+        assert [(labels["trial"], labels["stage"]) for labels in found] == [(name, "?")]
+
+    def test_twenty_scrapers_cause_one_reading_and_one_rendering(self, tmp_path):
+        source = ScriptedSource(u=1.0)
+        sampler = Sampler([source], registry=tmp_path, period_seconds=60.0)
+        renderer = Renderer(sampler, [WattierView()])
+        sampler.start()
+        renderer.render()
+        threading.Event().wait(0.1)
+        reads, renderings = source.reads, renderer.renderings
+        source.gate.clear()
+        threads = [threading.Thread(target=renderer.render) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        threading.Event().wait(0.05)
+        source.gate.set()
+        for thread in threads:
+            thread.join()
+        sampler.close()
+        assert (source.reads - reads, renderer.renderings - renderings) == (1, 1)
+
+
+class TestStart:
+    @pytest.fixture
+    def options(self, trace, tmp_path):
+        source = f"replay:{trace('0,g,100', '1,h,200')}"
+        return {"sources": source, "port": 0, "registry": tmp_path / "trials"}
+
+    def test_discovery_file_lives_as_long_as_the_exporter(self, options, tmp_path):
+        path = tmp_path / "sd" / "wattier.json"
+        running = start(ServeOptions(discovery=path, **options))
+        ((entry),) = json.loads(path.read_text())
+        assert entry["targets"] == [f"127.0.0.1:{running.port}"]
+        assert entry["labels"]["job"] == "wattier"
+        assert pick(scrape(running.port), "wattier_power_watts", uuid="g") == [100]
+        running.close()
+        running.close()
+        assert list(path.parent.iterdir()) == []
+        with pytest.raises(urllib.error.URLError):
+            scrape(running.port)
+
+    def test_discovery_of_every_address_names_the_host(self, options, tmp_path):
+        path = tmp_path / "wattier.json"
+        running = start(ServeOptions(discovery=path, address="0.0.0.0", allow=("127.0.0.0/8",), **options))
+        assert json.loads(path.read_text())[0]["targets"] == [f"{socket.getfqdn()}:{running.port}"]
+        running.close()
+
+    def test_joules_survive_a_restart(self, options, tmp_path):
+        joules = []
+        for _ in range(2):
+            running = start(ServeOptions(**options))
+            threading.Event().wait(0.2)
+            joules += pick(scrape(running.port), "wattier_accounted_energy_joules_total", uuid="g")
+            running.close()
+        assert joules[1] > joules[0] + 15
+
+    def test_second_exporter_on_one_folder_works_and_says_what_it_cannot(self, options, caplog):
+        first, second = start(ServeOptions(**options)), start(ServeOptions(**options))
+        assert "joules do not survive a restart" in caplog.text
+        assert scrape(second.port)
+        first.close()
+        second.close()
+
+    def test_a_failure_leaves_nothing_open(self, options):
+        with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match=r"\S"):
+            start(ServeOptions(**{**options, "port": taken.getsockname()[1]}))
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("wattier")]
+        start(ServeOptions(**options)).close()  # the lock on the folder is free again
+
+    def test_run_ends_when_told(self, options):
+        stop = threading.Event()
+        thread = threading.Thread(target=run, args=(ServeOptions(**options), stop))
+        thread.start()
+        threading.Event().wait(0.3)
+        assert thread.is_alive()
+        stop.set()
+        thread.join(10)
+        assert not thread.is_alive()
+
+    def test_a_source_that_is_not_there(self):
+        with pytest.raises(SourceUnavailable):
+            start(ServeOptions(sources="replay:/absent.csv", port=0))
+
+
+class TestTable:
+    def test_document_is_current(self):
+        path = Path(__file__).parents[2] / "docs" / "metrics.md"
+        assert path.read_text() == document(), "run python -m wattier_telemetry.exporter.metrics > docs/metrics.md"
+
+    def test_names_follow_prometheus(self):
+        names = [metric.name for metric in METRICS]
+        assert len(set(names)) == len(names)
+        for metric in METRICS:
+            assert metric.name.startswith("wattier_")
+            assert (metric.kind == "counter") == metric.name.endswith("_total"), metric.name
+            assert metric.help.endswith("."), metric.name
+
+    def test_numbers_are_written_whole(self):
+        values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1 / 3, "e": 2.0**70, "f": 7}
+        text = expose([Point(name, (), value) for name, value in values.items()]).decode()
+        found = {name: value for (name, _), value in parse(text).items()}
+        assert math.isnan(found.pop("a"))
+        del values["a"]
+        assert found == values
 
 
 class TestRegistration:
@@ -155,50 +345,14 @@ class TestRegistration:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         assert default_folder() == tmp_path / f"wattier-{os.getuid()}"
 
-
-class TestCli:
-    @pytest.mark.parametrize(
-        "arguments",
-        [
-            [],
-            ["measure"],
-            ["read", "--source", "nvlm"],
-            ["read", "--source", "replay:/absent.csv"],
-            ["serve", "--port", "many"],
-            ["serve", "--port", "70000"],
-            ["serve", "--source", "estimated", "--address", "256.0.0.1"],
-        ],
-    )
-    def test_bad_input_is_one_line_and_code_2(self, arguments, capsys):
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        assert code == 2
-        assert captured.out == ""
-        assert captured.err.count("\n") == 1
-        assert captured.err.startswith("wattier-telemetry")
-
-    def test_doctor(self, capsys):
-        assert main(["doctor"]) == 0
-        printed = capsys.readouterr().out
-        assert all(name in printed for name in ("nvml", "amd", "rapl", "ok  estimated"))
-
-    def test_serve_until_sigterm(self, trace):
-        command = [sys.executable, "-m", "wattier_telemetry.cli", "serve", "--port", "0", "--source"]
-        with subprocess.Popen(
-            [*command, f"replay:{trace('0,g,100')}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as server:
-            address = server.stdout.readline().split()[-1]
-            port = int(address.removesuffix("/metrics").rpartition(":")[2])
-            assert pick(scrape(port), "wattier_power_watts") == [100]
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(timeout=10) == 0
-            assert server.stderr.read() == ""
+    @pytest.mark.parametrize("text", ["NaN", "0", "-1", "1.5", '"a"'])
+    def test_impossible_fractions_are_passed_over(self, tmp_path, text):
+        path = trial().write(tmp_path)
+        path.write_text(path.read_text().replace('"fraction": 1.0', f'"fraction": {text}'))
+        assert read_registrations(tmp_path) == []
 
 
-def test_closed_source_says_so(fake_nvml):
+def test_closed_source_says_so(two_gpus):
     source = open_source("nvml")
     source.close()
     with pytest.raises(SourceUnavailable, match="closed"):

@@ -18,9 +18,9 @@ from wattier_telemetry import (
     open_source,
     read_journal,
 )
-from wattier_telemetry.rapl import RaplSource
-from wattier_telemetry.replay import ReplaySource
 from wattier_telemetry.source import PowerSource
+from wattier_telemetry.sources.rapl import RaplSource
+from wattier_telemetry.sources.replay import ReplaySource
 
 
 class Clock:

@@ -14,7 +14,8 @@ import pytest
 from contract import PowerSourceContract
 from scenario import SimulatedDevice
 
-from wattier_telemetry import Reading, SourceUnavailable, nvml, open_source
+from wattier_telemetry import Reading, SourceUnavailable, open_source
+from wattier_telemetry.sources import nvml
 
 READ_POWER = """
 import json
@@ -188,7 +189,7 @@ class TestPower:
         monkeypatch.setattr(pynvml, "nvmlDeviceGetEnforcedPowerLimit", lambda h: asked.append(h) or real(h))
         assert {source.read_energy(device).power_limit_watts for _ in range(10)} == {650}
         assert len(asked) == 1
-        monkeypatch.setattr(nvml, "_LIMIT_KEPT_SECONDS", -1)
+        monkeypatch.setattr(nvml, "_SLOW_KEPT_SECONDS", -1)
         source.read_energy(device)
         assert len(asked) == 2
 

@@ -22,11 +22,10 @@ import urllib.request
 
 import pytest
 
-from wattier_telemetry import sender
-from wattier_telemetry.metrics import Point
-from wattier_telemetry.push import PUSH_METRICS, PushSink
-from wattier_telemetry.remote_write import Target
-from wattier_telemetry.spool import Spool, SpoolUnavailable
+from wattier_telemetry.exporter.metrics import Point
+from wattier_telemetry.push import PUSH_METRICS, PushSink, sender
+from wattier_telemetry.push.remote_write import Target
+from wattier_telemetry.push.spool import Spool, SpoolUnavailable
 
 AWAY_SECONDS = 60
 BINARIES = {"remote-write": "prometheus", "victoriametrics": "victoria-metrics"}
@@ -388,7 +387,7 @@ class TestArrival:
 PUSHER = """
 import sys, time
 from pathlib import Path
-from wattier_telemetry.metrics import Point
+from wattier_telemetry.exporter.metrics import Point
 from wattier_telemetry.push import PushSink
 sink = PushSink(sys.argv[1], format=sys.argv[2], spool=Path(sys.argv[3]), flush_seconds=0.5, period_seconds=0.05)
 value = 0
@@ -562,9 +561,9 @@ def test_add_never_waits_for_a_server_that_hangs(sink, caplog):
 FULL_DISK = """
 import json, logging, subprocess, sys, time
 from pathlib import Path
-from wattier_telemetry.metrics import Point
+from wattier_telemetry.exporter.metrics import Point
 from wattier_telemetry.push import PushSink
-from wattier_telemetry.spool import Spool
+from wattier_telemetry.push.spool import Spool
 logging.basicConfig(level=logging.WARNING)
 disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], check=True)

@@ -12,10 +12,10 @@ import pytest
 from contract import PowerSourceContract
 
 from wattier_telemetry import SourceUnavailable, diagnose, open_source
-from wattier_telemetry import rapl as rapl_module
-from wattier_telemetry.estimated import EstimatedSource
-from wattier_telemetry.rapl import RaplSource
-from wattier_telemetry.replay import ReplaySource
+from wattier_telemetry.sources import rapl as rapl_module
+from wattier_telemetry.sources.estimated import EstimatedSource
+from wattier_telemetry.sources.rapl import RaplSource
+from wattier_telemetry.sources.replay import ReplaySource
 
 
 @pytest.fixture

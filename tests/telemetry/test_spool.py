@@ -11,9 +11,9 @@ import zlib
 
 import pytest
 
-from wattier_telemetry import spool as spool_module
-from wattier_telemetry.segment import Series, decode, encode
-from wattier_telemetry.spool import Spool, SpoolUnavailable
+from wattier_telemetry.push import spool as spool_module
+from wattier_telemetry.push.segment import Series, decode, encode
+from wattier_telemetry.push.spool import Spool, SpoolUnavailable
 
 
 def batch(*values, name="m"):
@@ -106,7 +106,7 @@ class TestOrder:
 class TestLock:
     def test_a_second_process_is_refused_in_one_line(self, opened, tmp_path):
         opened()
-        code = "import pathlib, sys; from wattier_telemetry.spool import Spool; Spool(pathlib.Path(sys.argv[1]))"
+        code = "import pathlib, sys; from wattier_telemetry.push.spool import Spool; Spool(pathlib.Path(sys.argv[1]))"
         run = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "spool")], capture_output=True, text=True, check=False
         )
@@ -147,7 +147,7 @@ class TestDamage:
             decode(content)
 
     def test_a_bomb_is_refused(self, monkeypatch):
-        monkeypatch.setattr("wattier_telemetry.segment.MOST_BYTES", 10_000)
+        monkeypatch.setattr("wattier_telemetry.push.segment.MOST_BYTES", 10_000)
         with pytest.raises(ValueError, match="larger than any batch"):
             decode(zlib.compress(b" " * 1_000_000))
 

@@ -9,9 +9,9 @@ import pytest
 from contract import PowerSourceContract
 
 from wattier_telemetry import Device, Reading, SourceUnavailable, open_source
-from wattier_telemetry.recorder import TraceWriter
-from wattier_telemetry.replay import ReplaySource
-from wattier_telemetry.trace import COLUMNS, Sample, TraceError, TrialPart, read_trace
+from wattier_telemetry.recording.recorder import TraceWriter
+from wattier_telemetry.recording.trace import COLUMNS, Sample, TraceError, TrialPart, read_trace
+from wattier_telemetry.sources.replay import ReplaySource
 
 HEADER = "time_seconds,device,power_watts"
 ODD = TrialPart('run/1:"a";b', "stage|x", "µ-trial, 7%\n", 3, 0.25)
@@ -117,7 +117,7 @@ class TestWriter:
         assert not writer.growing.exists()
 
     def test_long_recordings_become_parquet_in_pieces(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("wattier_telemetry.recorder._BATCH_ROWS", 7)
+        monkeypatch.setattr("wattier_telemetry.recording.recorder._BATCH_ROWS", 7)
         samples = eight_devices()
         path = write(tmp_path / "night.parquet", samples)
         import pyarrow.parquet

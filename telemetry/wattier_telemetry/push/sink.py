@@ -18,11 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from wattier_telemetry.metrics import Point
-from wattier_telemetry.remote_write import TOKEN_VARIABLE, Format, Target
-from wattier_telemetry.segment import Series
-from wattier_telemetry.sender import FAILURES, Sender
-from wattier_telemetry.spool import DEFAULT_CAP_BYTES, LOSSES, Spool
+from wattier_telemetry.exporter.metrics import Point
+from wattier_telemetry.push.remote_write import TOKEN_VARIABLE, Format, Target
+from wattier_telemetry.push.segment import Series
+from wattier_telemetry.push.sender import FAILURES, Sender
+from wattier_telemetry.push.spool import DEFAULT_CAP_BYTES, LOSSES, Spool
 
 _FAILURES = (*FAILURES, "corrupt")
 PUSH_METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (

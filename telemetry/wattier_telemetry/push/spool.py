@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wattier_telemetry.segment import MOST_BYTES, Series, decode, encode
+from wattier_telemetry.push.segment import MOST_BYTES, Series, decode, encode
 
 SUFFIX = ".segment"
 DEFAULT_CAP_BYTES = 2**30

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from wattier_telemetry.card import Card, DeviceCard, TrialCard
-from wattier_telemetry.tally import Bill
+from wattier_telemetry.recording.card import Card, DeviceCard, TrialCard
+from wattier_telemetry.recording.tally import Bill
 
 _WIDTH = 80
 _COMPARABLE_RATIO = 0.05  # a trial throttled for longer is not comparable with others

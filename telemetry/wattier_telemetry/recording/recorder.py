@@ -11,10 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-from wattier_telemetry.records import Device, Reading
-from wattier_telemetry.registration import TrialRegistration, read_registrations
-from wattier_telemetry.source import PowerSource
-from wattier_telemetry.trace import (
+from wattier_telemetry.recording.trace import (
     COLUMNS,
     NUMBERS,
     Sample,
@@ -25,6 +22,9 @@ from wattier_telemetry.trace import (
     csv_rows,
     number,
 )
+from wattier_telemetry.records import Device, Reading
+from wattier_telemetry.registration import TrialRegistration, read_registrations
+from wattier_telemetry.source import PowerSource
 
 _FLUSH_SECONDS = 1.0
 _TRIALS_SECONDS = 0.5  # registrations are files: at 100 readings a second they are not worth as many looks

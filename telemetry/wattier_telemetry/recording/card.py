@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from wattier_telemetry.account import Account
+from wattier_telemetry.recording.tally import Bill, Step, Tally, step_joules, sum_of
+from wattier_telemetry.recording.trace import Sample, TrialPart, read_trace
 from wattier_telemetry.records import DOMAINS, Device, Share
-from wattier_telemetry.tally import Bill, Step, Tally, step_joules, sum_of
 from wattier_telemetry.throttling import ThrottleClock
-from wattier_telemetry.trace import Sample, TrialPart, read_trace
 
 _HEAD_SAMPLES = 512
 _LONGEST_GAP_PERIODS = 5.0  # as the meter has it

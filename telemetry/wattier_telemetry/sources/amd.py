@@ -18,7 +18,9 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
-from wattier_telemetry.amd_binding import (
+from wattier_telemetry.records import Device, Reading
+from wattier_telemetry.source import PowerSource, SourceUnavailable
+from wattier_telemetry.sources.amd_binding import (
     NO_UINT16,
     NO_UINT32,
     ask,
@@ -29,10 +31,8 @@ from wattier_telemetry.amd_binding import (
     raw_metrics,
     word,
 )
-from wattier_telemetry.amd_throttle import Throttling
-from wattier_telemetry.amd_visible import Candidate, hip_order, visible
-from wattier_telemetry.records import Device, Reading
-from wattier_telemetry.source import PowerSource, SourceUnavailable
+from wattier_telemetry.sources.amd_throttle import Throttling
+from wattier_telemetry.sources.amd_visible import Candidate, hip_order, visible
 
 # amd_smi.h: one tick is 15.259 uJ, that is 2**-16 J; the library's own "counter_resolution" of 15.3 is 0.27 % high.
 JOULES_PER_TICK = 2.0**-16

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from wattier_telemetry.recording.trace import FIGURES
 from wattier_telemetry.records import Method, Reading, Share, weakest
-from wattier_telemetry.trace import FIGURES
 
 JOULES_PER_KWH = 3.6e6
 METRICS = tuple(name for name in FIGURES if name != "energy_joules")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from wattier_telemetry.amd_binding import NO_UINT32, NO_UINT64
+from wattier_telemetry.sources.amd_binding import NO_UINT32, NO_UINT64
 
 _RESIDENCIES = {
     "ppt_residency_acc": "power_cap",

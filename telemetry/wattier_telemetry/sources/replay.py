@@ -1,6 +1,6 @@
 """A recording, played against the wall clock: for tests, demonstrations and machines without a counter.
 
-The file is what `wattier_telemetry.trace` reads, at the least a CSV with the header
+The file is what `wattier_telemetry.recording.trace` reads, at the least a CSV with the header
 ``time_seconds,device,power_watts`` and, where a counter was recorded, ``energy_joules``. Before and after the trace the
 edge value holds, so that one line means constant watts.
 """
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from wattier_telemetry.recording.trace import FIGURES, Sample, TraceError, read_trace
 from wattier_telemetry.records import Device, Reading
 from wattier_telemetry.source import PowerSource, SourceUnavailable
-from wattier_telemetry.trace import FIGURES, Sample, TraceError, read_trace
 
 _HELD = (*(name for name in FIGURES if name not in ("power_watts", "energy_joules")), "throttle_reasons")
 

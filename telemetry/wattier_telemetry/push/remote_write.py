@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from wattier_telemetry.segment import Series
+from wattier_telemetry.push.segment import Series
 
 Format = Literal["remote-write", "victoriametrics"]
 FORMATS: tuple[str, ...] = get_args(Format)

@@ -15,9 +15,18 @@ from typing import Any, TypeVar
 
 import pynvml
 
-from wattier_telemetry.nvml_devices import ENERGY, MEMORY_CELSIUS, POWER, Gpu, ask, field_values, open_gpus
 from wattier_telemetry.records import Device, Reading
 from wattier_telemetry.source import PowerSource, SourceUnavailable
+from wattier_telemetry.sources.nvml_devices import (
+    ENERGY,
+    MEMORY_CELSIUS,
+    POWER,
+    Gpu,
+    Slow,
+    ask,
+    field_values,
+    open_gpus,
+)
 
 _REASONS = {
     0x2: "application_clocks",
@@ -35,7 +44,7 @@ _NO_SAMPLES = (  # the last: one more came between the binding's two calls, and 
     pynvml.NVML_ERROR_NOT_FOUND,
     pynvml.NVML_ERROR_INSUFFICIENT_SIZE,
 )
-_LIMIT_KEPT_SECONDS = 5.0
+_SLOW_KEPT_SECONDS = 5.0
 _BUSY_KEPT_SECONDS = 1.0
 
 _Answer = TypeVar("_Answer")
@@ -113,7 +122,7 @@ def _read_energy(gpu: Gpu) -> tuple[Reading, Mapping[int, Any]]:
         time_seconds=time.time(),
         power_watts=_scaled(milliwatts, 1e-3),
         energy_joules=_scaled(millijoules, 1e-3),
-        power_limit_watts=_limit_watts(gpu),
+        power_limit_watts=_slow(gpu).limit_watts,
         throttle_reasons=_throttle_reasons(gpu.handle),
         throttle_seconds=counted or None,
     )
@@ -127,8 +136,7 @@ def _read(gpu: Gpu) -> Reading:
     memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)  # "used" without what is reserved
     if memory is None:
         memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
-    limits = ask(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
-    corrected, uncorrected = pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
+    slow = _slow(gpu)
     return replace(
         reading,
         utilization_ratio=None if rates is None else rates.gpu / 100,
@@ -140,9 +148,9 @@ def _read(gpu: Gpu) -> Reading:
         memory_temperature_celsius=values.get(MEMORY_CELSIUS) or None,
         clock_hertz=_scaled(ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM), 1e6),
         memory_clock_hertz=_scaled(ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM), 1e6),
-        power_limit_max_watts=None if limits is None else limits[1] / 1e3,
-        ecc_corrected=ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, corrected, pynvml.NVML_VOLATILE_ECC),
-        ecc_uncorrected=ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, uncorrected, pynvml.NVML_VOLATILE_ECC),
+        power_limit_max_watts=slow.limit_max_watts,
+        ecc_corrected=slow.ecc_corrected,
+        ecc_uncorrected=slow.ecc_uncorrected,
     )
 
 
@@ -150,11 +158,22 @@ def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def _limit_watts(gpu: Gpu) -> float | None:
-    now, known = time.monotonic(), gpu.limit
-    if known is None or now - known[0] > _LIMIT_KEPT_SECONDS:
-        known = now, _scaled(ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu.handle), 1e-3)
-        gpu.limit = known
+def _slow(gpu: Gpu) -> Slow:
+    now, known = time.monotonic(), gpu.slow
+    if known is None or now - known[0] > _SLOW_KEPT_SECONDS:
+        handle = gpu.handle
+        limits = ask(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
+        corrected, uncorrected = pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
+        known = (
+            now,
+            Slow(
+                _scaled(ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle), 1e-3),
+                None if limits is None else limits[1] / 1e3,
+                ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, corrected, pynvml.NVML_VOLATILE_ECC),
+                ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, uncorrected, pynvml.NVML_VOLATILE_ECC),
+            ),
+        )
+        gpu.slow = known
     return known[1]
 
 

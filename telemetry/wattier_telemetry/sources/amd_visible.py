@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from wattier_telemetry.amd_binding import NO_UINT32, ask, entries, number, word
 from wattier_telemetry.source import SourceUnavailable
+from wattier_telemetry.sources.amd_binding import NO_UINT32, ask, entries, number, word
 
 
 @dataclass(frozen=True, eq=False)

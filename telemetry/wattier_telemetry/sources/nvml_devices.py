@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pynvml
 
@@ -42,6 +43,19 @@ _AVERAGE_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
+class _Field(ctypes.Structure):
+    _fields_ = pynvml.c_nvmlFieldValue_t._fields_
+
+
+class Slow(NamedTuple):
+    """Figures that seldom change, and are asked for every few seconds only."""
+
+    limit_watts: float | None
+    limit_max_watts: float | None
+    ecc_corrected: int | None
+    ecc_uncorrected: int | None
+
+
 @dataclass
 class Gpu:
     """One GPU, how it likes to be asked, and what is remembered of it.
@@ -54,7 +68,7 @@ class Gpu:
     handle: Any
     fields: tuple[int, ...]
     nanoseconds: Mapping[str, int]  # field id by throttle reason, for those it counts
-    limit: tuple[float, float | None] | None = None  # when it was read on the monotonic clock, W
+    slow: tuple[float, Slow] | None = None  # when it was read on the monotonic clock
     busy: tuple[int, float, Mapping[int, float]] = (0, 0.0, {})  # newest sample's stamp, when it came, the answer
 
 
@@ -73,7 +87,8 @@ def field_values(handle: Any, numbers: Iterable[int], *, only_type: int | None =
     wanted = [(number, pynvml.NVML_POWER_SCOPE_GPU) for number in numbers]
     answers = ask(pynvml.nvmlDeviceGetFieldValues, handle, wanted) if wanted else None
     found = {}
-    for answer in answers or ():
+    # The binding's own structures run Python at every access of a field; this view of the same memory does not.
+    for answer in (_Field * len(answers)).from_buffer(answers) if answers else ():
         # The call succeeds even where a field does not: each value carries its own return code and its own type.
         status = answer.nvmlReturn
         if status in _UNKNOWN:

@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from wattier_telemetry.remote_write import Target
-from wattier_telemetry.segment import Series
-from wattier_telemetry.spool import Segment, Spool
+from wattier_telemetry.push.remote_write import Target
+from wattier_telemetry.push.segment import Series
+from wattier_telemetry.push.spool import Segment, Spool
 
 FAILURES = ("unreachable", "timeout", "server_error", "throttled", "refused", "rejected")
 TIMEOUT_SECONDS = 10.0

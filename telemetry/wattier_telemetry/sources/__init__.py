@@ -1,0 +1,1 @@
+"""Where power comes from, one file a vendor; `wattier_telemetry.source` opens them by name."""

@@ -1,0 +1,232 @@
+"""A real Prometheus scrapes the exporter every 200 ms for a minute, while trials share a device, end, are killed."""
+
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from itertools import pairwise
+
+import pytest
+
+from wattier_telemetry.exporter import ServeOptions, start
+
+PERIOD_SECONDS = 0.2
+LONGEST_GAP_SECONDS = 0.45
+MINUTE_SECONDS = 60.0
+WATTS = {"shared": 200.0, "alone": 80.0}
+PLAN = {  # trial: device, fraction, when it starts and how long it runs, how it ends
+    "a": ("shared", 0.5, 3.0, 28.0, "exit"),
+    "b": ("shared", 0.5, 12.0, 40.0, "exit"),
+    "c": ("alone", 1.0, 6.0, 35.0, "kill"),
+}
+TRIAL = """
+import json, os, sys, time
+from pathlib import Path
+from wattier_telemetry import EnergyMeter, TrialRegistration, open_source
+
+trial, uuid, fraction, seconds, folder = json.loads(sys.argv[1])
+source = open_source(f"replay:{folder}/{uuid}.csv")
+registration = TrialRegistration("night", "scout", trial, 0, os.getpid(), (uuid,), fraction)
+with EnergyMeter(source, journal=Path(folder) / f"{trial}.energy.json", fraction=fraction) as meter:
+    registration.write(Path(folder) / "trials")
+    print(json.dumps({"begin": time.time()}), flush=True)
+    time.sleep(seconds)
+    end = time.time()
+    registration.withdraw(Path(folder) / "trials")
+print(json.dumps({"end": end, "joules": meter.report.joules}), flush=True)
+"""
+CONFIG = """
+global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
+scrape_configs:
+  - job_name: wattier
+    file_sd_configs: [{{files: ["{folder}/sd.json"], refresh_interval: 1s}}]
+"""
+
+
+class Server:
+    """Prometheus over its API."""
+
+    def __init__(self, port):
+        self.url = f"http://127.0.0.1:{port}/api/v1"
+
+    def ask(self, path, **parameters):
+        with urllib.request.urlopen(f"{self.url}/{path}?{urllib.parse.urlencode(parameters)}", timeout=20) as answer:
+            body = json.loads(answer.read())
+        assert body["status"] == "success"
+        return body["data"]["result"]
+
+    def raw(self, metric, begin, end):
+        """Return {labels: [(time, value)]} of the stored samples themselves."""
+        found = self.ask("query", query=f"{metric}[{round(1000 * (end - begin))}ms]", time=end)
+        return {
+            frozenset(series["metric"].items()): [(at, float(value)) for at, value in series["values"]]
+            for series in found
+        }
+
+
+def _tool(name):
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed (Debian package prometheus)")
+    return path
+
+
+def _begin(stack, folder, trial):
+    uuid, fraction, _, seconds, ending = PLAN[trial]
+    arguments = json.dumps([trial, uuid, fraction, seconds if ending == "exit" else 1000.0, str(folder)])
+    process = subprocess.Popen([sys.executable, "-c", TRIAL, arguments], stdout=subprocess.PIPE, text=True)
+    stack.callback(process.stdout.close)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
+def _run_plan(stack, folder):
+    """Let the minute pass; returns each trial's begin, end and the joules of its own ledger."""
+    origin, running, truth = time.monotonic(), {}, {}
+    starts = sorted(PLAN, key=lambda trial: PLAN[trial][2])
+    for trial in starts:
+        time.sleep(max(0.0, origin + PLAN[trial][2] - time.monotonic()))
+        running[trial] = _begin(stack, folder, trial)
+        truth[trial] = json.loads(running[trial].stdout.readline())
+    for trial, process in running.items():
+        if PLAN[trial][4] == "kill":
+            time.sleep(max(0.0, truth[trial]["begin"] + PLAN[trial][3] - time.time()))
+            process.send_signal(signal.SIGKILL)
+            truth[trial] |= {"end": time.time(), "joules": None}
+    for trial, process in running.items():
+        if PLAN[trial][4] == "exit":
+            truth[trial] |= json.loads(process.stdout.readline())
+    time.sleep(max(0.0, origin + MINUTE_SECONDS - time.monotonic()))
+    return truth
+
+
+@pytest.fixture(scope="module")
+def minute(tmp_path_factory):
+    """(Prometheus, begin, end, truth of each trial, text of the last scrape) of one minute."""
+    prometheus = _tool("prometheus")
+    folder = tmp_path_factory.mktemp("prometheus")
+    for name, devices in {"node": WATTS, **{uuid: {uuid: watts} for uuid, watts in WATTS.items()}}.items():
+        lines = ["time_seconds,device,power_watts", *(f"0,{uuid},{watts}" for uuid, watts in devices.items())]
+        (folder / f"{name}.csv").write_text("\n".join(lines))
+    (folder / "prometheus.yml").write_text(CONFIG.format(folder=folder))
+    options = ServeOptions(
+        f"replay:{folder}/node.csv", port=0, registry=folder / "trials", discovery=folder / "sd.json", names="omnistat"
+    )
+    with contextlib.ExitStack() as stack:
+        exporter = start(options)
+        stack.callback(exporter.close)
+        probe = stack.enter_context(contextlib.closing(socket.create_server(("127.0.0.1", 0))))
+        port = probe.getsockname()[1]
+        probe.close()
+        command = [prometheus, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+        log = stack.enter_context((folder / "log").open("wb"))
+        server = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+        stack.callback(server.wait)
+        stack.callback(server.terminate)
+        prom = Server(port)
+        _wait_for_scrapes(prom, folder)
+        begin = time.time()
+        truth = _run_plan(stack, folder)
+        with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+            text = answer.read()
+        yield prom, begin, time.time(), truth, text
+
+
+def _wait_for_scrapes(prom, folder):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if prom.ask("query", query="count_over_time(up[2s]) >= 3"):
+                return
+        time.sleep(0.2)
+    pytest.fail("Prometheus does not scrape: " + (folder / "log").read_text())
+
+
+def _named(found, trial):
+    return [values for labels, values in found.items() if dict(labels).get("trial") == trial]
+
+
+def test_no_gap(minute):
+    prom, begin, end, _, _ = minute
+    up = prom.raw("up", begin, end)
+    assert {value for values in up.values() for _, value in values} == {1.0}
+    for metric in (
+        "up",
+        "wattier_power_watts",
+        "wattier_energy_joules_total",
+        "wattier_device_up",
+        "rocm_energy_joules",
+    ):
+        found = prom.raw(metric, begin, end)
+        assert len(found) == (1 if metric == "up" else 2)
+        for labels, values in found.items():
+            times = [begin, *(at for at, _ in values), end]
+            assert max(later - earlier for earlier, later in pairwise(times)) < LONGEST_GAP_SECONDS, (metric, labels)
+
+
+def test_series_of_a_trial_have_no_gap_while_it_runs(minute):
+    prom, begin, end, truth, _ = minute
+    for metric in ("wattier_trial_info", "wattier_trial_energy_joules_total"):
+        found = prom.raw(metric, begin, end)
+        for trial, known in truth.items():
+            (values,) = _named(found, trial)
+            times = [known["begin"], *(at for at, _ in values), known["end"]]
+            assert max(later - earlier for earlier, later in pairwise(times)) < LONGEST_GAP_SECONDS, (metric, trial)
+
+
+def test_promtool_finds_nothing(minute):
+    answer = subprocess.run([_tool("promtool"), "check", "metrics"], input=minute[-1], capture_output=True, check=False)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, b"", b"")
+
+
+def test_the_join_returns_exactly_the_trials_that_ran(minute):
+    prom, begin, end, truth, _ = minute
+    join = "wattier_power_watts * on (uuid) group_right () wattier_trial_info"
+    found = prom.ask("query_range", query=join, start=begin, end=end, step=0.5)
+    assert {series["metric"]["trial"]: series["metric"]["uuid"] for series in found} == {
+        trial: plan[0] for trial, plan in PLAN.items()
+    }
+    for series in found:
+        trial = series["metric"]["trial"]
+        times = [at for at, _ in series["values"]]
+        assert times[0] == pytest.approx(truth[trial]["begin"], abs=1.2)
+        assert times[-1] == pytest.approx(truth[trial]["end"], abs=1.2)
+        assert {float(value) for _, value in series["values"]} == {WATTS[PLAN[trial][0]]}
+
+
+@pytest.mark.parametrize("trial", PLAN)
+def test_energy_of_a_trial(minute, trial):
+    prom, begin, end, truth, _ = minute
+    (values,) = _named(prom.raw("wattier_trial_energy_joules_total", begin, end), trial)
+    joules = max(value for _, value in values) - min(value for _, value in values)
+    known, (uuid, fraction, *_) = truth[trial], PLAN[trial]
+    assert joules == pytest.approx(WATTS[uuid] * fraction * (known["end"] - known["begin"]), rel=0.01)
+    if known["joules"] is not None:
+        assert joules == pytest.approx(known["joules"], rel=0.01)
+
+
+def test_shares_and_rest_are_the_devices_energy(minute):
+    prom, begin, end, _, _ = minute
+    names = ("wattier_accounted_energy_joules_total", "wattier_unattributed_energy_joules_total")
+    total, rest = (dict(prom.raw(f'{name}{{uuid="shared"}}', begin, end).popitem()[1]) for name in names)
+    trials = prom.raw('wattier_trial_energy_joules_total{uuid="shared"}', begin, end)
+    last = sum(values[-1][1] for values in trials.values())
+    at = max(total)
+    assert last + rest[at] == pytest.approx(total[at], abs=1e-3)
+    assert total[at] - min(total.values()) == pytest.approx(WATTS["shared"] * (at - min(total)), rel=0.01)
+
+
+@pytest.mark.parametrize("trial", PLAN)
+def test_nothing_is_stale_after_the_end(minute, trial):
+    prom, _, _, truth, _ = minute
+    at = truth[trial]["end"] + 2 * LONGEST_GAP_SECONDS
+    for query in ("wattier_trial_info", "wattier_trial_energy_joules_total", "wattier_trial_device_share_ratio"):
+        assert prom.ask("query", query=f'{query}{{trial="{trial}"}}', time=truth[trial]["end"] - 1), query
+        assert not prom.ask("query", query=f'{query}{{trial="{trial}"}}', time=at), query

@@ -1,0 +1,466 @@
+"""The sampler on a scripted source: whose joules, when samples come, what survives a restart, a hang, a set clock."""
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from scripted import ScriptedSource
+
+from wattier_telemetry import TrialRegistration
+from wattier_telemetry.exporter.attribution import Ledger, Part, roots_of, split
+from wattier_telemetry.exporter.sampler import Sampler
+from wattier_telemetry.exporter.series import WattierView
+from wattier_telemetry.exporter.state import SamplerState
+from wattier_telemetry.exporter.trials import MOST_PAIRS, Roster
+
+A, B = ("r", "s", "a", "0"), ("r", "s", "b", "0")
+
+
+class ListSink:
+    def __init__(self):
+        self.samples = []
+
+    def add(self, time_seconds, points):
+        self.samples.append((time_seconds, points))
+
+    def points(self):
+        return []
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def child():
+    """Return a function that starts a process which does nothing."""
+    children = []
+
+    def start():
+        children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]))
+        return children[-1]
+
+    yield start
+    for process in children:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def sampling(tmp_path):
+    """Return a function that starts a sampler, and closes it and its sources in the end."""
+    running = []
+
+    def start(*sources, **options):
+        sampler = Sampler(sources, registry=tmp_path / "trials", **{"period_seconds": 0.05, **options})
+        sampler.start()
+        running.append((sampler, sources))
+        return sampler
+
+    yield start
+    for sampler, sources in running:
+        for source in sources:
+            source.close()
+        sampler.close()
+
+
+@pytest.fixture
+def register(tmp_path):
+    def write(trial, pid=None, uuids=("g",), fraction=1.0, **more):
+        registration = TrialRegistration(
+            "r", "s", trial, 0, os.getpid() if pid is None else pid, tuple(uuids), fraction, **more
+        )
+        registration.write(tmp_path / "trials")
+        return lambda: registration.withdraw(tmp_path / "trials")
+
+    return write
+
+
+def points(sampler, ended_after=0):
+    sampler.fresh(0.0)
+    with sampler.locked:
+        node, _ = sampler.look(ended_after=ended_after)
+        view = WattierView()
+        found = [*view.devices(node.watched, node), *view.common(node)]
+    return {(p.name, frozenset(p.labels)): p.value for p in found}
+
+
+def pick(found, name, **labels):
+    return [value for (n, have), value in found.items() if n == name and labels.items() <= dict(have).items()]
+
+
+def until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+class TestSplit:
+    def test_registered_parts_leave_a_rest(self):
+        weights, attribution = split([Part(A, 0.25, 1), Part(B, 0.5, 2)], {}, {})
+        assert (weights, attribution) == ({A: 0.25, B: 0.5}, "equal")
+
+    def test_parts_above_one_are_scaled(self):
+        assert split([Part(A, 1.0, 1), Part(B, 1.0, 2)], {}, {}).weights == {A: 0.5, B: 0.5}
+
+    def test_alone_is_whole(self):
+        assert split([Part(A, 1.0, 1)], {}, {}) == ({A: 1.0}, "whole")
+
+    def test_utilization_decides_and_strangers_are_nobodys(self):
+        weights, attribution = split([Part(A, 0.5, 1), Part(B, 0.5, 2)], {1: 0.3, 7: 0.3, 9: 0.4}, {1: 1, 7: 2})
+        assert attribution == "utilization"
+        assert weights == pytest.approx({A: 0.3, B: 0.3})
+
+    def test_unknown_pids_or_idle_fall_back_to_parts(self):
+        parts = [Part(A, 0.5, 1), Part(B, 0.5, 2)]
+        assert split(parts, {77: 0.9}, {}).attribution == "equal"
+        assert split(parts, {1: 0.0}, {1: 1}).attribution == "equal"
+
+    def test_ranks_in_one_process_share_its_part(self):
+        assert split([Part(A, 1.0, 1), Part(B, 1.0, 1)], {1: 0.8}, {1: 1}).weights == {A: 0.5, B: 0.5}
+
+    def test_a_childs_work_is_its_trials(self, child):
+        pid = child().pid
+        known = {}
+        assert roots_of({pid: 0.5, 2**22 + 1: 0.1}, {os.getpid()}, known) == {pid: os.getpid()}
+        assert roots_of({}, {os.getpid()}, known) == {}
+        assert known == {}
+
+
+class TestLedger:
+    def test_shares_and_rest_equal_the_total_exactly(self):
+        ledger = Ledger()
+        for step, third in itertools.product(range(1, 2000, 7), (1 / 3, 0.1, 0.999999)):
+            ledger.book(step, {A: third, B: 1 - third})
+            assert ledger.total == ledger.rest + sum(ledger.shares.values())
+        assert ledger.total == 3 * sum(range(1, 2000, 7))
+
+    def test_nothing_ever_falls(self):
+        ledger = Ledger()
+        ledger.book(100, {A: 0.5})
+        ledger.book(-70, {A: 0.5})
+        assert (ledger.total, ledger.rest, ledger.shares) == (100, 50, {A: 50})
+
+    def test_old_trials_are_forgotten_but_not_their_joules(self):
+        ledger = Ledger()
+        for i in range(1100):
+            ledger.book(10, {("r", "s", str(i), "0"): 1.0})
+        ledger.forget({("r", "s", "0", "0")})
+        assert len(ledger.shares) == 1000
+        assert ledger.shares["r", "s", "0", "0"] == 10
+        assert ledger.forgotten == 1000
+        assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
+
+    def test_books_that_do_not_balance_are_refused(self):
+        with pytest.raises(ValueError, match="total"):
+            Ledger.from_dict({"total": 5, "rest": 1, "forgotten": 0, "shares": [[*A, 3]]})
+
+
+class TestBilling:
+    def test_two_trials_and_the_rest(self, sampling, register):
+        source = ScriptedSource(g=200.0, other=50.0)
+        register("a", fraction=0.5)
+        register("b", fraction=0.25)
+        sampler = sampling(source)
+        time.sleep(0.5)
+        found = points(sampler)
+        (total,) = pick(found, "wattier_accounted_energy_joules_total", uuid="g")
+        (rest,) = pick(found, "wattier_unattributed_energy_joules_total", uuid="g")
+        (a,) = pick(found, "wattier_trial_energy_joules_total", trial="a")
+        (b,) = pick(found, "wattier_trial_energy_joules_total", trial="b")
+        assert total == pytest.approx(200 * (source.read_times[-2] - source.read_times[0]), abs=1.0)
+        assert (a, b) == pytest.approx((total / 2, total / 4), rel=1e-6)
+        assert a + b + rest == pytest.approx(total, abs=1e-9)
+        assert pick(found, "wattier_unattributed_energy_joules_total", uuid="other") == pick(
+            found, "wattier_accounted_energy_joules_total", uuid="other"
+        )
+
+    def test_a_killed_trial_is_billed_to_its_end_and_shown_once_more(self, sampling, register, child):
+        process = child()
+        register("a", pid=process.pid)
+        sampler = sampling(ScriptedSource(g=1000.0), period_seconds=5.0)
+        begin = time.monotonic()
+        assert pick(points(sampler), "wattier_trial_info", trial="a")
+        time.sleep(0.4)
+        process.kill()
+        end = time.monotonic()
+        until(lambda: not pick(points(sampler), "wattier_trial_info", trial="a"))
+        with sampler.locked:
+            _, number = sampler.look()
+        (joules,) = pick(points(sampler), "wattier_trial_energy_joules_total", trial="a")
+        assert joules == pytest.approx(1000 * (end - begin), abs=150)  # looked at every 0.1 s, not every 5
+        assert not pick(points(sampler, ended_after=number), "wattier_trial_energy_joules_total")
+
+    def test_a_trial_that_comes_later_owes_nothing_for_before(self, sampling, register):
+        sampler = sampling(ScriptedSource(g=1000.0), period_seconds=10.0)
+        time.sleep(0.5)
+        register("a")
+        until(lambda: sampler.look()[0].trials)
+        found = points(sampler)
+        assert pick(found, "wattier_trial_energy_joules_total")[0] < 250
+        assert pick(found, "wattier_unattributed_energy_joules_total")[0] > 400
+
+    def test_utilization_is_asked_of_the_driver(self, sampling, register, child):
+        process = child()
+        source = ScriptedSource(g=100.0)
+        source.busy = {process.pid: 0.9, os.getpid(): 0.3}
+        register("a", pid=process.pid, fraction=0.5)
+        register("b", fraction=0.5)
+        sampler = sampling(source)
+        until(lambda: sampler.watched[0].latest.attribution == "utilization")
+        found = points(sampler)
+        shares = "wattier_trial_device_share_ratio"
+        # The child is a trial of its own, though it is also a child of the other trial's process.
+        assert pick(found, shares, trial="a", attribution="utilization") == pytest.approx([0.75])
+        assert pick(found, shares, trial="b", attribution="utilization") == pytest.approx([0.25])
+
+    def test_estimates_are_not_split(self, sampling, register):
+        register("a", energy_joules=12.5, method="estimated")
+        found = points(sampling(ScriptedSource(g=100.0, method="estimated")))
+        assert not pick(found, "wattier_trial_energy_joules_total")
+        assert pick(found, "wattier_trial_metered_joules_total", trial="a") == [12.5]
+
+    def test_lost_device_bills_no_trial_that_left_meanwhile(self, sampling, register):
+        source = ScriptedSource(g=1000.0)
+        leave = register("a")
+        sampler = sampling(source)
+        until(lambda: pick(points(sampler), "wattier_trial_energy_joules_total"))
+        source.failing.add("g")
+        until(lambda: sampler.watched[0].errors)
+        leave()
+        until(lambda: not sampler.look()[0].trials and not sampler.watched[0].present)
+        (billed,) = pick(points(sampler), "wattier_trial_energy_joules_total")
+        time.sleep(0.3)
+        source.failing.clear()
+        until(lambda: sampler.watched[0].ledger.rest > 250e6)
+        assert pick(points(sampler), "wattier_trial_energy_joules_total") == [billed]
+
+    def test_number_of_trials_is_bounded(self, tmp_path, register, caplog):
+        for i in range(MOST_PAIRS // 50 + 2):
+            register(f"t{i:03}", uuids=[f"u{j}" for j in range(50)])
+        roster = Roster(tmp_path / "trials")
+        assert len(roster.refresh()) == MOST_PAIRS // 50
+        assert roster.not_shown == 2
+        assert "2 registered trials are not shown" in caplog.text
+        roster.close()
+
+    def test_long_names_are_cut(self, tmp_path, register):
+        register("x" * 500)
+        roster = Roster(tmp_path / "trials")
+        ((_, _, trial, _),) = roster.refresh()
+        assert trial == "x" * 200
+        roster.close()
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("period", [0.01, 0.05])
+    def test_ticks_do_not_drift(self, sampling, period):
+        source = ScriptedSource(g=1.0)
+        sampler = sampling(source, period_seconds=period)
+        time.sleep(100 * period)
+        with sampler.locked:
+            (lane,) = sampler.look()[0].lanes
+            times = list(source.read_times)
+        elapsed = time.monotonic() - times[0]
+        assert lane.samples + lane.missed == pytest.approx(elapsed / period, abs=3)
+        phases = sorted((at - times[0]) % period for at in times)
+        assert len(times) > 20
+        # Half of all samples lie within a third of a period of each other: a drifting schedule would spread them.
+        middle = phases[len(phases) // 4 : 3 * len(phases) // 4]
+        assert min(middle[-1] - middle[0], period - (middle[-1] - middle[0])) < period / 3
+
+    def test_missed_ticks_are_counted_and_not_made_up(self, sampling):
+        source = ScriptedSource(g=1.0)
+        sampler = sampling(source, period_seconds=0.05)
+        until(lambda: source.reads >= 2)
+        source.gate.clear()
+        time.sleep(1.0)
+        source.gate.set()
+        released = time.monotonic()
+        until(lambda: sampler.look()[0].lanes[0].missed)
+        (lane,) = sampler.look()[0].lanes
+        assert 15 <= lane.missed <= 22
+        time.sleep(0.2)
+        assert len([at for at in source.read_times if released < at < released + 0.2]) <= 6
+
+    @pytest.mark.parametrize("period", [0.009, 0.0, -1.0, float("nan"), float("inf")])
+    def test_impossible_periods(self, period):
+        with pytest.raises(ValueError, match="period_seconds"):
+            Sampler([], period_seconds=period)
+
+    def test_a_hung_driver_stops_its_own_devices_only(self, sampling):
+        stuck, well = ScriptedSource(name="stuck", g=1.0), ScriptedSource(name="well", h=2.0)
+        sampler = sampling(stuck, well)
+        sampler.stale_seconds = 0.5
+        until(lambda: stuck.reads and well.reads)
+        stuck.gate.clear()
+        until(lambda: not pick(points(sampler), "wattier_power_watts", uuid="g"))
+        found = points(sampler)
+        assert pick(found, "wattier_power_watts", uuid="h") == [2.0]
+        assert pick(found, "wattier_device_up", uuid="g") == [0]
+        assert pick(found, "wattier_sample_age_seconds", source="stuck")[0] > 0.5
+        time.sleep(1.0)
+        begin = time.monotonic()
+        sampler.fresh(0.0)
+        assert time.monotonic() - begin < 0.4  # what hangs is no longer waited for
+        stuck.gate.set()
+        until(lambda: pick(points(sampler), "wattier_power_watts", uuid="g") == [1.0])
+
+    def test_stale_device_loses_its_series_and_the_error_is_logged_once(self, sampling, caplog):
+        source = ScriptedSource(g=1.0, h=2.0)
+        sampler = sampling(source)
+        sampler.stale_seconds = 0.3
+        until(lambda: pick(points(sampler), "wattier_power_watts", uuid="g"))
+        source.failing.add("g")
+        until(lambda: not pick(points(sampler), "wattier_power_watts", uuid="g"))
+        found = points(sampler)
+        assert pick(found, "wattier_power_watts", uuid="h") == [2.0]
+        assert pick(found, "wattier_read_errors_total", uuid="g")[0] >= 2
+        assert caplog.text.count("does not answer: fell off the bus") == 1
+
+
+class TestFresh:
+    def test_is_newer_than_the_schedule(self, sampling):
+        source = ScriptedSource(g=1.0)
+        sampler = sampling(source, period_seconds=60.0)
+        until(lambda: source.reads == 1)
+        source.watts["g"] = 5.0
+        time.sleep(0.1)
+        assert pick(points(sampler), "wattier_power_watts") == [5.0]
+
+    def test_many_at_once_cause_one_reading(self, sampling):
+        source = ScriptedSource(g=1.0)
+        sampler = sampling(source, period_seconds=60.0)
+        until(lambda: source.reads == 1)
+        time.sleep(0.5)
+        barrier = threading.Barrier(20)
+
+        def ask():
+            barrier.wait()
+            sampler.fresh(0.4)
+
+        threads = [threading.Thread(target=ask) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert source.reads == 2
+
+
+class TestSinks:
+    def test_every_tick_reaches_the_sink_with_times_that_never_fall(self, sampling, caplog):
+        wall = [1_000_000.0]
+        sink = ListSink()
+        sampler = sampling(ScriptedSource(g=1.0), sinks=[sink], clock=lambda: wall[0])
+        until(lambda: len(sink.samples) > 5)
+        wall[0] -= 3600
+        until(lambda: len(sink.samples) > 15)
+        times = [at for at, _ in sink.samples]
+        assert times == sorted(set(times))
+        assert times[0] == pytest.approx(1_000_000, abs=2)
+        assert all(later - earlier == pytest.approx(0.05, abs=0.5) for earlier, later in itertools.pairwise(times))
+        assert caplog.text.count("the wall clock was set") == 1
+        assert pick(points(sampler), "wattier_clock_offset_seconds")[0] == pytest.approx(-3600, abs=5)
+
+    def test_sources_are_kept_apart_and_the_common_part_comes_once_a_period(self, sampling):
+        sink = ListSink()
+        sampler = sampling(ScriptedSource(name="x", g=1.0), ScriptedSource(name="y", h=1.0), sinks=[sink])
+        until(lambda: len(sink.samples) > 20)
+        sampler.close()
+        for _, found in sink.samples:
+            uuids = {dict(p.labels)["uuid"] for p in found if p.name == "wattier_power_watts"}
+            assert uuids in ({"g"}, {"h"})
+        common = sum(any(p.name == "wattier_build_info" for p in found) for _, found in sink.samples)
+        assert len(sink.samples) / 3 < common < 2 * len(sink.samples) / 3
+
+    def test_an_ended_trials_last_joules_are_pushed(self, sampling, register):
+        sink = ListSink()
+        leave = register("a")
+        sampler = sampling(ScriptedSource(g=100.0), sinks=[sink], period_seconds=0.1)
+        until(lambda: len(sink.samples) > 3)
+        leave()
+        until(lambda: not sampler.look()[0].trials)
+        ended = len(sink.samples)
+        until(lambda: len(sink.samples) > ended + 5)
+        series = [
+            (i, p.value)
+            for i, (_, found) in enumerate(sink.samples)
+            for p in found
+            if p.name == "wattier_trial_energy_joules_total"
+        ]
+        assert [value for _, value in series] == sorted(value for _, value in series)
+        assert series[-1][0] <= ended + 2
+        assert series[-1][1] == sampler.watched[0].ledger.shares["r", "s", "a", "0"] / 1e6
+
+
+class TestState:
+    def restart(self, sampling, source, folder, **options):
+        state = SamplerState(folder, flush_seconds=0.1)
+        return sampling(source, state=state, **options), state
+
+    def test_joules_of_the_time_between_are_made_good(self, sampling, register, tmp_path):
+        source = ScriptedSource(g=1000.0)
+        register("a", fraction=0.5)
+        first, state = self.restart(sampling, source, tmp_path / "state")
+        until(lambda: pick(points(first), "wattier_trial_energy_joules_total"))
+        time.sleep(0.3)
+        first.close()
+        state.close()
+        time.sleep(0.5)
+        second, _ = self.restart(sampling, source, tmp_path / "state")
+        found = points(second)
+        (total,) = pick(found, "wattier_accounted_energy_joules_total")
+        (mine,) = pick(found, "wattier_trial_energy_joules_total")
+        assert total == pytest.approx(1000 * (source.read_times[-1] - source.read_times[0]), abs=30)
+        assert mine == pytest.approx(total / 2, abs=30)  # all but what ran before the trial was seen
+
+    def test_a_counter_that_went_back_adds_nothing(self, sampling, tmp_path):
+        source = ScriptedSource(g=1000.0)
+        first, state = self.restart(sampling, source, tmp_path / "state")
+        until(lambda: source.reads > 3)
+        first.close()
+        state.close()
+        before = first.watched[0].ledger.total
+        source.offset_joules = -1e6
+        second, _ = self.restart(sampling, source, tmp_path / "state", period_seconds=60.0)
+        until(lambda: second.watched[0].reading is not None)
+        assert second.watched[0].ledger.total == before
+
+    def test_it_is_written_while_running(self, sampling, tmp_path):
+        sampler, _ = self.restart(sampling, ScriptedSource(g=1000.0), tmp_path / "state")
+        path = tmp_path / "state" / "sampler.json"
+        until(lambda: path.exists() and json.loads(path.read_bytes())["devices"]["g"]["total"] > 100e6)
+        assert sampler.look()[0].state_errors == 0
+
+    def test_a_folder_has_one_user(self, tmp_path):
+        state = SamplerState(tmp_path)
+        with pytest.raises(OSError, match="in use by another exporter"):
+            SamplerState(tmp_path)
+        state.close()
+        SamplerState(tmp_path).close()
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"devices": 3}', '{"boot": "", "devices": {"g": {}}}'])
+    def test_a_damaged_file_is_told_and_passed_over(self, sampling, tmp_path, caplog, text):
+        (tmp_path / "state").mkdir()
+        (tmp_path / "state" / "sampler.json").write_text(text)
+        self.restart(sampling, ScriptedSource(g=1.0), tmp_path / "state")
+        assert "joules start at zero" in caplog.text
+
+    def test_a_full_disk_is_counted_and_told_once(self, sampling, tmp_path, caplog, monkeypatch):
+        sampler, state = self.restart(sampling, ScriptedSource(g=1000.0), tmp_path / "state")
+        until((tmp_path / "state" / "sampler.json").exists)
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr("os.fsync", full)
+            until(lambda: state.errors >= 2)
+        assert caplog.text.count("cannot be written") == 1
+        assert pick(points(sampler), "wattier_state_write_errors_total")[0] >= 2
