@@ -27,13 +27,14 @@ check: setup-dev ## lint, types, import layers
 	$(BIN)/lint-imports
 
 test: check ## everything that must hold: check, then all tests
-	$(BIN)/python -m pytest
+	@$(BIN)/python .ci/test.py
 
 dashboards: setup-dev ## regenerate the Grafana dashboards
 	$(BIN)/python dashboards/build.py
 
 bench: setup-dev ## side-by-side timings; they gate nothing
 	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench_telemetry.py
 
 clean: ## remove what the other targets made, but no run
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
