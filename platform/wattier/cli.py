@@ -133,6 +133,17 @@ def doctor() -> None:
     make_console().print(table)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def telemetry(context: typer.Context) -> None:
+    """Serve, watch, record, report or read energy on this node: what `wattier-telemetry` does, with its options."""
+    from wattier_telemetry import cli as telemetry_cli
+
+    raise typer.Exit(telemetry_cli.main(context.args))
+
+
 @config_app.command("show")
 def config_show(config: ConfigPath) -> None:
     """Print a config with all defaults filled in."""

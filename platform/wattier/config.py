@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -243,11 +244,50 @@ class ResourcesSection(Section):
 
 
 class TelemetrySection(Section):
-    """Where joules come from: auto, nvml, amd, rapl, estimated, or replay:FILE."""
+    """Where joules come from: auto, nvml, amd, rapl, cray, estimated, or replay:FILE.
+
+    throttled_share: a trial whose devices were throttled for a larger share of its time is flagged in its record,
+    since its joules and seconds are not comparable. exporter: serve Prometheus metrics on every node that runs trials,
+    for as long as the command lasts. exporter_port: 0 = any free one. exporter_address: 0.0.0.0 = all networks of a
+    node. exporter_allow: networks (CIDR) that may ask; a node always answers itself.
+    """
 
     source: PathText = "auto"
     rated_watts_per_core: PositiveFloat | None = None
     interval_seconds: PositiveFloat = 0.1
+    throttled_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    exporter: bool = False
+    exporter_address: str = "127.0.0.1"
+    exporter_port: Annotated[int, Field(ge=0, le=65535)] = 9500
+    exporter_allow: list[str] = []
+
+    @field_validator("exporter_address")
+    @classmethod
+    def _an_address(cls, address: str) -> str:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise ValueError(f"is {address!r}, but must be an IP address, such as 127.0.0.1 or 0.0.0.0") from None
+        return address
+
+    @field_validator("exporter_allow")
+    @classmethod
+    def _networks(cls, networks: list[str]) -> list[str]:
+        for network in networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"{network!r} is no network ({error}). Give one such as 10.1.0.0/16") from None
+        return networks
+
+    @model_validator(mode="after")
+    def _somebody_may_ask(self) -> Self:
+        if self.exporter and not self.exporter_allow and not ipaddress.ip_address(self.exporter_address).is_loopback:
+            raise ValueError(
+                f"exporter_address is {self.exporter_address}, for other machines, but exporter_allow is empty, so "
+                "that none of them may ask. Name the network of your Prometheus, such as 10.1.0.0/16"
+            )
+        return self
 
 
 class RunConfig(Section):

@@ -16,10 +16,15 @@ from rich.text import Text
 from wattier.ledger import LedgerInfo, ledger_info
 from wattier.records import TrialResult
 from wattier.rundir import RunDir, read_json_lines
-from wattier.units import format_joules
+from wattier.units import format_joules, format_ratio
 from wattier.views import selection_info
 
 LIVE_REFRESH_SECONDS = 1.0
+THROTTLED_MARK = "*"
+THROTTLED_LINE = (
+    "* throttled: its devices' clocks were held down for more than telemetry.throttled_share of its time, so its "
+    "joules and seconds are not comparable."
+)
 PLAIN_WIDTH = 150  # of tables that go to a file or a pipe
 COLUMNS_OF_TIERS: tuple[tuple[str, JustifyMethod], ...] = (
     ("tier", "left"), ("trial", "left"), ("val loss", "right"), ("energy", "right"), ("trained to", "right"),
@@ -71,6 +76,8 @@ class RunConsole:
         loss = "loss unknown" if result.val_loss is None else f"loss {result.val_loss:.4f}"
         energy = f"{format_joules(result.energy_joules)} ({result.energy.method or 'unknown'})"
         error = f", {result.error}" if result.error else ""
+        if result.throttled:
+            error += f", throttled {format_ratio(result.throttled_ratio)} of the time: not comparable"
         self.say(
             f"{result.fidelity.stage} {done}/{total}: {result.trial_id} {result.status} after {result.epochs_done} "
             f"epochs, {loss}, {energy}{error}"
@@ -120,11 +127,18 @@ def print_tiers(run: RunDir, console: Console) -> None:
     table = Table(title=f"Selected trials of stage {info.selection.stage}", title_justify="left", title_style="bold")
     for name, justify in COLUMNS_OF_TIERS:
         table.add_column(name, justify=justify, overflow="fold")
+    marked = False
     for row in info.rows:
         loss, joules = (row.search.val_loss, row.search.energy_joules) if row.search else (None, None)
         trained = row.full.val_loss if row.full else None
-        table.add_row(row.tier, row.trial_id, _loss(loss), format_joules(joules), _loss(trained), row.reason)
+        mark = THROTTLED_MARK if row.search and row.search.throttled else ""
+        trained_mark = THROTTLED_MARK if row.full and row.full.throttled else ""
+        marked = marked or bool(mark or trained_mark)
+        energy = f"{format_joules(joules)}{mark}"
+        table.add_row(row.tier, row.trial_id, _loss(loss), energy, f"{_loss(trained)}{trained_mark}", row.reason)
     console.print(table)
+    if marked:
+        console.print(Text(THROTTLED_LINE))
 
 
 def _loss(value: float | None) -> str:
@@ -155,6 +169,7 @@ def print_status(run: RunDir, console: Console) -> None:
     for stage in config.search.stages:
         results = run.trials(stage.name)
         counts = {status: sum(r.status == status for r in results) for status in ("complete", "pruned", "failed")}
+        counts["throttled"] = sum(result.throttled for result in results)
         known = ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "nothing yet"
         console.print(Text(f"  search:{stage.name}: {len(results)}/{stage.trials} trials, {known}"))
     selection = run.selection()

@@ -9,12 +9,14 @@ import socket
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from wattier.config import RunConfig
 from wattier.errors import UserError
+from wattier.node_exporters import ExporterPlan, NodeExporters, ThisNode
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
 from wattier.rundir import RunDir, decode, read_json, write_json
 from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result
@@ -69,9 +71,14 @@ class Stage:
         """The result that a trial left, or the record of one that left none."""
         path = self.run.trial_folder(self.fidelity.stage, proposal.trial_id) / "result.json"
         if path.exists():
-            return decode(path, TrialResult.from_dict, read_json(path))
+            return self.recorded(path)
         spec = self.spec(proposal)
         return failed_result(spec, self.run, error or "the trial ended without a result")
+
+    def recorded(self, path: Path) -> TrialResult:
+        """What a ``result.json`` holds; a user's own trial need not know what counts as throttled."""
+        result = decode(path, TrialResult.from_dict, read_json(path))
+        return result.flagged(self.config.telemetry.throttled_share)
 
 
 OnResult = Callable[[TrialResult], None]
@@ -87,6 +94,9 @@ class Launcher(Protocol):
             UserError: the stage asks for more than the machine has.
         """
 
+    def close(self) -> None:
+        """Let go of what outlives a stage."""
+
 
 class InlineLauncher:
     """One trial after the other in this process, further ranks in child processes: for tests and debugging.
@@ -94,15 +104,23 @@ class InlineLauncher:
     It narrows no process's view of the devices: on a machine with several GPUs each rank is billed all of them.
     """
 
+    def __init__(self) -> None:
+        self._exporters = NodeExporters(ThisNode())
+
     def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
         """See `Launcher.run`."""
         check_local_resources(stage)
+        self._exporters.ensure(ExporterPlan.of(stage.run, stage.config.telemetry))
         while (proposal := policy.propose()) is not None:
             spec = stage.open_trial(proposal)
             error = self._run_one(stage, spec, policy, run_trial)
             result = stage.outcome(proposal, error)
             policy.on_result(result)
             on_result(result)
+
+    def close(self) -> None:
+        """End the exporter, if there is one."""
+        self._exporters.close()
 
     def _run_one(self, stage: Stage, spec: TrialSpec, policy: Policy, run_trial: RunTrial) -> str | None:
         size, port = spec.fidelity.ranks, free_port()

@@ -113,4 +113,5 @@ def _by_method(report: EnergyReport) -> dict[str, float]:
 
 def _phase(name: str, report: EnergyReport, trials: int) -> PhaseEnergy:
     coverage = report.coverage_ratio if report.shares else None
-    return PhaseEnergy(name, report.joules, report.method, coverage, trials, report.warnings)
+    bounds = report.joules_low, report.joules_high
+    return PhaseEnergy(name, report.joules, report.method, coverage, trials, report.warnings, *bounds)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from wattier.config import TelemetrySection
 from wattier_telemetry import Device, EnergyMeter, Reading, open_source
 from wattier_telemetry.source import PowerSource, SourceUnavailable
@@ -31,11 +33,21 @@ def metered(  # noqa: PLR0913  (most are keywords)
     journal = folder / f"attempt{attempt}-{name}.energy.json"
     try:
         with EnergyMeter(
-            source, journal=journal, fraction=fraction, interval_seconds=telemetry.interval_seconds
+            source,
+            journal=journal,
+            fraction=fraction,
+            interval_seconds=telemetry.interval_seconds,
+            synchronize=_wait_for_cuda if on_gpu else None,
         ) as meter:
             yield meter, source
     finally:
         source.close()
+
+
+def _wait_for_cuda() -> None:
+    """Wait for the work that was queued; before the first work there is no context, and asking would make one."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def _open_source(telemetry: TelemetrySection, *, on_gpu: bool) -> PowerSource:

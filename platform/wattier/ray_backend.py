@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # a stopped trial unwinds before its actor is reused
 os.environ.setdefault("TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S", "120")
 
+from wattier import broken_amdsmi
 from wattier.config import ResourcesSection
 from wattier.errors import UserError
 from wattier.launch import (
@@ -50,6 +51,14 @@ from wattier.launch import (
     usable_cpus,
     write_traceback,
 )
+from wattier.node_exporters import (
+    ExporterPlan,
+    NodeExporter,
+    NodeExporters,
+    Outcome,
+    registry_of_command,
+    use_registry,
+)
 from wattier.records import EpochRecord, Proposal
 from wattier.trial import RunTrial, TrialContext, TrialSpec
 from wattier_gnn.distributed import World
@@ -57,6 +66,7 @@ from wattier_gnn.distributed import World
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # trials read the store from disk and pass only small records
 RESULT_WAIT_SECONDS = 60
+EXPORTER_WAIT_SECONDS = 20  # a worker process starts in a second or two; a stage does not wait for ever for a picture
 LONGEST_ROOT = 12  # characters; a Unix socket's path has at most 107, of which our folder takes 31 and Ray's names 64
 
 
@@ -68,6 +78,7 @@ class RayLauncher:
 
     def __init__(self) -> None:
         self._cluster = contextlib.ExitStack()
+        self._exporters = NodeExporters(_RayNodes())
         self._started = False
 
     def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
@@ -76,13 +87,55 @@ class RayLauncher:
             check_local_resources(stage)
         if not self._started:
             self._cluster.enter_context(_cluster(stage.config.resources))
+            self._cluster.callback(self._exporters.close)
             self._started = True
         _check_cluster_resources(stage)
+        self._exporters.ensure(ExporterPlan.of(stage.run, stage.config.telemetry))
         _run_tune(stage, policy, run_trial, on_result)
 
     def close(self) -> None:
         """Leave the cluster; a private one ends, with every process in it."""
         self._cluster.close()
+
+
+class _RayNodes:
+    """The nodes of the cluster, and an actor on each: apart from the trials, without a core of theirs."""
+
+    def alive(self) -> list[str]:
+        import ray
+
+        return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+    def start(self, plan: ExporterPlan, node: str) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        where = NodeAffinitySchedulingStrategy(node, soft=False)
+        return ray.remote(NodeExporter).options(num_cpus=0, scheduling_strategy=where).remote(plan)
+
+    def ask(self, handles: Mapping[str, Any]) -> dict[str, Outcome]:
+        import ray
+
+        outcomes = {}
+        asked = {actor.outcome.remote(): node for node, actor in handles.items()}
+        for answer in _answered(list(asked), EXPORTER_WAIT_SECONDS):
+            with contextlib.suppress(ray.exceptions.RayError):
+                outcomes[asked[answer]] = ray.get(answer)
+        return outcomes
+
+    def stop(self, handles: Sequence[Any]) -> None:
+        import ray
+
+        _answered([actor.close.remote() for actor in handles], EXPORTER_WAIT_SECONDS)
+        for actor in handles:
+            ray.kill(actor)
+
+
+def _answered(asked: list[Any], wait_seconds: float) -> list[Any]:
+    """Those of some calls that came back in time, or failed."""
+    import ray
+
+    return list(ray.wait(asked, num_returns=len(asked), timeout=wait_seconds)[0]) if asked else []
 
 
 @contextmanager
@@ -94,10 +147,11 @@ def _cluster(resources: ResourcesSection) -> Iterator[None]:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"
     with contextlib.ExitStack() as stack:
+        folder = _scratch_folder("wattier-ray")
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.enter_context(broken_amdsmi.hidden(folder / "hidden"))
         options: dict[str, Any] = {"address": resources.address or os.environ.get("RAY_ADDRESS")}
         if private:
-            folder = _scratch_folder("wattier-ray")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
             token = folder / "token"
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
@@ -175,7 +229,7 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
     try:
         tune.Tuner(
             tune.with_resources(
-                _Trainable(run_trial, stage.config.to_yaml()).as_function(),
+                _Trainable(run_trial, stage.config.to_yaml(), registry_of_command()).as_function(),
                 tune.PlacementGroupFactory(bundles, strategy="PACK"),
             ),
             tune_config=tune.TuneConfig(
@@ -295,6 +349,7 @@ class _Trainable:
 
     run_trial: RunTrial
     config_yaml: str
+    registry: str | None
 
     def as_function(self) -> Any:
         """A plain function of Tune's config, as Tune wants it."""
@@ -310,6 +365,7 @@ class _Trainable:
         import ray
         from ray import tune
 
+        use_registry(self.registry)
         config = _parse(self.config_yaml)
         size = spec.fidelity.ranks
         bundle = _bundle(config.resources, size)
@@ -317,7 +373,7 @@ class _Trainable:
         address, port = ray.util.get_node_ip_address(), free_port()
         ranks = _rank_actors(size, bundle) if size > 1 else []
         running = [
-            actor.run.remote(self.run_trial, spec, self.config_yaml, World(rank, size, address, port), gpus)
+            actor.run.remote(self, spec, World(rank, size, address, port), gpus)
             for rank, actor in enumerate(ranks, start=1)
         ]
 
@@ -390,5 +446,6 @@ def _drop_rank_actors() -> None:
 class _Rank:
     """A process that plays one rank after another."""
 
-    def run(self, run_trial: RunTrial, spec: TrialSpec, config_yaml: str, world: World, gpus: float) -> None:
-        run_trial(TrialContext(spec, _parse(config_yaml), world, gpus, never_stop))
+    def run(self, trainable: _Trainable, spec: TrialSpec, world: World, gpus: float) -> None:
+        use_registry(trainable.registry)
+        trainable.run_trial(TrialContext(spec, _parse(trainable.config_yaml), world, gpus, never_stop))

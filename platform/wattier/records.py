@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from wattier_telemetry import EnergyReport
@@ -67,7 +67,11 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One row of ``trials.jsonl``. `energy` is the whole bill: lost attempts and all ranks included."""
+    """One row of ``trials.jsonl``. `energy` is the whole bill: lost attempts and all ranks included.
+
+    throttled_ratio: share of device time under the most frequent throttle reason, None = no device can say.
+    throttled: it was more than the config allows, so the joules and seconds are not comparable.
+    """
 
     run: str
     trial_id: str
@@ -87,6 +91,13 @@ class TrialResult:
     started_at: str | None = None
     attempts: int = 1
     diverged: bool = False
+    throttled_ratio: float | None = None
+    throttled: bool = False
+
+    def flagged(self, throttled_share: float) -> TrialResult:
+        """The same result, which says whether its devices were throttled for more than a share of the time."""
+        ratio = self.energy.throttled_ratio
+        return replace(self, throttled_ratio=ratio, throttled=ratio is not None and ratio > throttled_share)
 
     @property
     def energy_joules(self) -> float | None:
@@ -191,3 +202,12 @@ class PhaseEnergy:
     coverage_ratio: float | None
     trials: int = 0
     warnings: tuple[str, ...] = field(default_factory=tuple)
+    joules_low: float | None = None  # the true energy is not below, as far as the meters can say
+    joules_high: float | None = None
+
+    @property
+    def uncertainty_ratio(self) -> float | None:
+        """Largest deviation from `joules` that the meters leave open, as a share of it; None = not stated."""
+        if not self.joules or self.joules_low is None or self.joules_high is None:
+            return None
+        return max(self.joules_high - self.joules, self.joules - self.joules_low) / self.joules

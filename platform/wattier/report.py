@@ -59,11 +59,12 @@ def format_count(value: Any) -> str:
 
 
 def _context(run: RunDir) -> dict[str, Any]:
-    trials, ledger = views.trials_info(run), views.ledger_info(run)
+    config, trials, ledger = run.config(), views.trials_info(run), views.ledger_info(run)
     selection, evaluation = views.selection_info(run), views.evaluation_info(run)
     cleaning = _cleaning(run)
     return {
-        "name": run.config().name,
+        "name": config.name,
+        "throttled_share": config.telemetry.throttled_share,
         "path": str(run.path),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "trials": trials,

@@ -134,12 +134,13 @@ def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listen
 @contextmanager
 def launcher_for(config: RunConfig) -> Iterator[Launcher]:
     """The launcher that the config names; Ray is imported only where it is used."""
+    launcher: Launcher
     if config.launcher == "inline":
-        yield InlineLauncher()
-        return
-    from wattier.ray_backend import RayLauncher
+        launcher = InlineLauncher()
+    else:
+        from wattier.ray_backend import RayLauncher
 
-    launcher = RayLauncher()
+        launcher = RayLauncher()
     try:
         yield launcher
     finally:

@@ -223,7 +223,7 @@ def adopt_finished(stage: Stage) -> None:
     known = {result.trial_id for result in stage.run.trials(name)}
     for path in sorted((stage.run.path / "trials" / name).glob("*/result.json")):
         if path.parent.name not in known:
-            result = decode(path, TrialResult.from_dict, read_json(path))
+            result = stage.recorded(path)
             append_json_line(stage.run.trials_path, result.to_dict())
 
 

@@ -209,6 +209,9 @@ def _pick(standing: Standing, best: Standing, field: Field) -> Pick:
     coverage = standing.trial.energy.coverage_ratio
     if coverage < 0.9:
         text += f" (its energy was measured during {format_ratio(coverage)} of the time only)"
+    if standing.trial.throttled:
+        ratio = format_ratio(standing.trial.throttled_ratio)
+        text += f" (its devices were throttled during {ratio} of the time: its joules and seconds are not comparable)"
     return Pick(standing.trial.trial_id, text)
 
 

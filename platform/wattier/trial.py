@@ -211,12 +211,12 @@ def load_member(path: Path) -> FoundationModel:
 
 def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
     """The record of a trial that left no ``result.json``: rebuilt from its epochs and its energy journals."""
-    folder = run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
+    folder, config = run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id), run.config()
     epochs = run.epochs(spec.fidelity.stage, spec.proposal.trial_id)
     last = epochs[-1] if epochs else None
     energy = bill(folder)
     return TrialResult(
-        run=run.config().name,
+        run=config.name,
         trial_id=spec.proposal.trial_id,
         params=spec.proposal.params,
         fidelity=spec.fidelity,
@@ -229,7 +229,7 @@ def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
         energy=energy,
         error=error,
         attempts=_attempts(folder),
-    )
+    ).flagged(config.telemetry.throttled_share)
 
 
 def _trainer(context: TrialContext, device: torch.device) -> Trainer:
@@ -346,7 +346,7 @@ def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_
         started_at=started_at,
         attempts=_attempts(context.folder),
         diverged=diverged,
-    )
+    ).flagged(context.config.telemetry.throttled_share)
 
 
 def _attempts(folder: Path) -> int:

@@ -47,6 +47,8 @@ class TrialRow(NamedTuple):
     n_parameters: int | None
     tier: str | None
     note: str  # error, or why it is no candidate
+    throttled_ratio: float | None = None
+    throttled: bool = False  # its joules and seconds are not comparable
 
 
 class TrialsInfo(NamedTuple):
@@ -243,6 +245,8 @@ def _row(trial: TrialResult, selection: Selection | None) -> TrialRow:
         n_parameters=trial.n_parameters,
         tier=_tier(selection, stage, trial.trial_id),
         note=note,
+        throttled_ratio=trial.throttled_ratio,
+        throttled=trial.throttled,
     )
 
 

@@ -14,7 +14,7 @@ from wattier.rundir import FULL_STAGE, RunDir, append_json_line, write_json
 from wattier.select import select_trials
 from wattier_telemetry import EnergyMeter, EnergyReport, Share, bill
 from wattier_telemetry.journal import Journal
-from wattier_telemetry.replay import ReplaySource
+from wattier_telemetry.sources.replay import ReplaySource
 
 EPOCHS = {"wide": 2, "deep": 6, FULL_STAGE: 40}
 START = 1_760_000_000.0

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from wattier.metering import metered
 from wattier.records import EpochRecord, TrialResult
 from wattier.rundir import append_json_line, write_json
+from wattier.trial import _registered
 from wattier_telemetry import bill
 
 DIES, DIES_ONCE, DIVERGES = 7, 8, 9
@@ -33,6 +34,27 @@ def run_raising(context):
 def run_killed(context):
     """A trial whose failures are SIGKILL of its own process."""
     return _run(context, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def run_registered(context):
+    """A trial that the node's exporter sees; it notes when it began, and when it killed itself or ended."""
+    n_layers = context.spec.proposal.params["n_layers"]
+    with metered(context.folder, "rank0", context.config.telemetry, on_gpu=False, fraction=context.device_fraction) as (
+        meter,
+        source,
+    ):
+        with _registered(context, source):
+            began = time.time()
+            time.sleep(context.spec.fidelity.epochs * EPOCH_SECONDS)
+            write_json(context.folder / "witness.json", {"pid": os.getpid(), "began": began, "ended": time.time()})
+            if n_layers == DIES:
+                os.kill(os.getpid(), signal.SIGKILL)
+        last = _record(context.folder, context.spec.proposal.params, 1)
+        context.report(last)
+        meter.close()
+    result = _result(context, last, "complete", attempts=1)
+    write_json(context.folder / "result.json", result.to_dict())
+    return result
 
 
 def _raise():
@@ -66,26 +88,30 @@ def _run(context, die):
         meter.close()
     diverged = last.val_loss is None
     pruned = diverged or stopped is not None
-    result = TrialResult(
+    result = _result(context, last, "pruned" if pruned else "complete", attempts, started_at, diverged=diverged)
+    write_json(folder / "result.json", result.to_dict())
+    if isinstance(stopped, SystemExit):
+        raise stopped
+    return result
+
+
+def _result(context, last, status, attempts, started_at=None, *, diverged=False):
+    return TrialResult(
         run=context.config.name,
         trial_id=context.spec.proposal.trial_id,
-        params=params,
+        params=context.spec.proposal.params,
         fidelity=context.spec.fidelity,
-        status="pruned" if pruned else "complete",
+        status=status,
         val_loss=last.val_loss,
         val_by_source={},
         epochs_done=last.epoch,
         structures_seen=last.structures_seen,
         wall_seconds=1.0,
-        energy=bill(folder),
+        energy=bill(context.folder),
         started_at=started_at,
         attempts=attempts,
         diverged=diverged,
     )
-    write_json(folder / "result.json", result.to_dict())
-    if isinstance(stopped, SystemExit):
-        raise stopped
-    return result
 
 
 def _record(folder, params, epoch):

@@ -20,7 +20,7 @@ from wattier_gnn.sample import SAMPLE_FOLDER
 from wattier_gnn.structure import DataError
 
 REPOSITORY = Path(__file__).parents[2]
-VERBS = ["config", "doctor", "evaluate", "export", "report", "run", "search", "select", "status", "train"]
+VERBS = ["config", "doctor", "evaluate", "export", "report", "run", "search", "select", "status", "telemetry", "train"]
 CONFIG_VERBS = ["params", "schema", "show"]
 HEAVY = ["torch", "ray", "optuna", "pydantic", "numpy", "h5py", "ase", "plotly"]
 
@@ -148,6 +148,37 @@ class TestHelp:
         assert done.returncode == 2
         assert "Usage" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+class TestTelemetryVerb:
+    """`wattier telemetry ...` is `wattier-telemetry ...`, to the last option."""
+
+    def same(self, wattier, *arguments):
+        done = wattier("telemetry", *arguments)
+        alone = subprocess.run(
+            [sys.executable, "-m", "wattier_telemetry.cli", *arguments], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (alone.returncode, alone.stdout, alone.stderr)
+        return done
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["record", "-h"], []])
+    def test_its_help_is_its_own(self, wattier, arguments):
+        done = self.same(wattier, *arguments)
+        assert "wattier-telemetry" in done.stdout + done.stderr
+
+    @pytest.mark.parametrize(
+        "arguments", [["read", "--source", "nvlm"], ["serve", "--port", "x"], ["serve", "--allow=10.0.0.1/8"], ["fly"]]
+    )
+    def test_its_mistakes_are_its_own(self, wattier, arguments):
+        done = self.same(wattier, *arguments)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+
+    def test_options_arrive(self, wattier, tmp_path):
+        (tmp_path / "watts.csv").write_text("time_seconds,device,power_watts\n0,GPU-of-the-test,250\n")
+        done = wattier("telemetry", "read", "--source", f"replay:{tmp_path}/watts.csv")
+        (device,) = json.loads(done.stdout)["devices"]
+        assert (device["uuid"], device["reading"]["power_watts"]) == ("GPU-of-the-test", 250)
 
 
 class TestConfigVerbs:

@@ -92,10 +92,26 @@ def test_typo_is_met_with_the_right_word(refusal):
         (("launcher",), "rayy", "launcher: is 'rayy'"),
         (("resources", "gpus_per_rank"), INF, "resources.gpus_per_rank: is inf"),
         (("telemetry", "interval_seconds"), 0, "telemetry.interval_seconds: is 0"),
+        (("telemetry", "throttled_share"), 1.5, "telemetry.throttled_share: is 1.5"),
+        (("telemetry", "throttled_share"), -0.1, "telemetry.throttled_share: is -0.1"),
+        (("telemetry", "exporter"), "yes", "telemetry.exporter: is 'yes'"),
+        (("telemetry", "exporter_port"), 70000, "telemetry.exporter_port: is 70000"),
+        (("telemetry", "exporter_address"), "node1", "exporter_address: is 'node1', but must be an IP address"),
+        (("telemetry", "exporter_allow"), ["10.0.0.1/8"], "exporter_allow: '10.0.0.1/8' is no network"),
+        (("telemetry",), {"exporter": True, "exporter_address": "0.0.0.0"}, "exporter_allow is empty"),
     ],
 )
 def test_wrong_values_are_refused_with_their_place(refusal, path, value, where):
     assert where in refusal(changed(*path, to=value))
+
+
+def test_an_exporter_may_be_opened_to_a_network(tmp_path):
+    section = {"exporter": True, "exporter_address": "0.0.0.0", "exporter_allow": ["10.1.0.0/16", "fd00::/8"]}
+    path = tmp_path / "quickstart.yaml"
+    path.write_text(yaml.safe_dump(changed("telemetry", to=section)))
+    telemetry = load_config(path).telemetry
+    assert telemetry.exporter_allow == section["exporter_allow"]
+    assert RunConfig.model_fields["telemetry"].default.exporter is False, "nothing listens unless somebody asks"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The configs that ship: each is valid, and says what it is for."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import yaml
 
 from wattier.config import load_config, load_sizes
+from wattier_telemetry.commands import make_parser
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -65,40 +65,81 @@ def test_slurm_script_is_valid_bash():
     subprocess.run(["bash", "-n", str(ROOT / "configs/slurm/wattier.sbatch")], check=True)
 
 
+@pytest.fixture
+def submit(tmp_path):
+    """Run the Slurm script with stand-ins for Slurm, Ray and Wattier, and some of its lines edited."""
+
+    def run(n_nodes, run_code=0, edits=()):
+        lasting = "echo $$>>pids; {}; exec sleep 9"
+        tools = {
+            "scontrol": f"printf 'n%s\\n' $(seq {n_nodes})",
+            "srun": 'for a; do [[ $a == --nodelist=* ]] && export NODE=${a#*=}; done; '
+                    'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+            "hostname": "echo 192.0.2.1 192.0.2.2",
+            "ray": lasting.format('echo "ray $* $RAY_AUTH_MODE $(stat -c %a $RAY_AUTH_TOKEN_PATH)" >> calls'),
+            "python": "[[ $1 == -c ]] && echo token ||"
+                      f" while (($(grep -c ^ray calls) < {n_nodes})); do sleep 0.05; done",
+            "wattier": f'echo "wattier $* $RAY_ADDRESS" >> calls; exit {run_code}',
+            "wattier-telemetry": lasting.format('echo "$NODE $* runtime=$XDG_RUNTIME_DIR" >> samplers'),
+            "sleep": 'if [[ $1 == 10 ]]; then exec /bin/sleep 0.2; else exec /bin/sleep "$1"; fi',
+        }  # fmt: skip
+        (tmp_path / "bin").mkdir()
+        for name, text in tools.items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        (tmp_path / ".venv/bin").mkdir(parents=True)
+        (tmp_path / ".venv/bin/activate").touch()
+        text = (ROOT / "configs/slurm/wattier.sbatch").read_text()
+        for before, after in edits:
+            assert text.count(f"\n{before}") == 1
+            text = text.replace(f"\n{before}", f"\n{after}")
+        (tmp_path / "wattier.sbatch").write_text(text)
+        slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-9]", "SLURM_CPUS_PER_TASK": "4"}
+        environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "XDG_RUNTIME_DIR": "/run/user/0", **slurm}
+        answer = subprocess.run(
+            ["bash", "wattier.sbatch", "some.yaml"],
+            cwd=tmp_path, env=environment, check=False, timeout=30, capture_output=True,
+        )  # fmt: skip
+        assert answer.returncode == run_code, answer.stderr
+        for pid in map(int, (tmp_path / "pids").read_text().split()):
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        samplers = tmp_path / "samplers"
+        return sorted(samplers.read_text().splitlines()) if samplers.exists() else []
+
+    return run
+
+
 @pytest.mark.parametrize(("n_nodes", "run_code"), [(1, 0), (2, 0), (2, 3)])
-def test_slurm_script_starts_ends_and_cleans_up(tmp_path, n_nodes, run_code):
-    """With stand-ins for Slurm, Ray and Wattier: one head, workers, the run's exit code, no child and no token left."""
-    tools = {
-        "scontrol": f"printf 'n%s\\n' $(seq {n_nodes})",
-        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
-        "hostname": "echo 192.0.2.1 192.0.2.2",
-        "ray": 'echo $$>>pids; echo "ray $* $RAY_AUTH_MODE $(stat -c %a $RAY_AUTH_TOKEN_PATH)" >> calls; exec sleep 9',
-        "python": f"[[ $1 == -c ]] && echo token || while (($(wc -l < calls) < {n_nodes})); do sleep 0.05; done",
-        "wattier": f'echo "wattier $* $RAY_ADDRESS" >> calls; exit {run_code}',
-        "sleep": 'if [[ $1 == 10 ]]; then exec /bin/sleep 0.2; else exec /bin/sleep "$1"; fi',
-    }
-    (tmp_path / "bin").mkdir()
-    for name, text in tools.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/activate").touch()
-    script = shutil.copy(ROOT / "configs/slurm/wattier.sbatch", tmp_path)
-    slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-9]", "SLURM_CPUS_PER_TASK": "4"}
-    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", **slurm}
-    answer = subprocess.run(
-        ["bash", str(script), "some.yaml"], cwd=tmp_path, env=environment, check=False, timeout=30, capture_output=True
-    )
-    assert answer.returncode == run_code, answer.stderr
+def test_slurm_script_starts_ends_and_cleans_up(submit, tmp_path, n_nodes, run_code):
+    """One head, workers, the run's exit code, no child and no token left."""
+    submit(n_nodes, run_code)
     calls = sorted((tmp_path / "calls").read_text().splitlines())
     assert sum("--head" in call for call in calls) == 1
     assert sum("--address=192.0.2.1:22345" in call for call in calls) == n_nodes - 1
     assert all(call.endswith("token 600") for call in calls if call.startswith("ray"))
     assert calls[-1] == "wattier run some.yaml 192.0.2.1:22345"
-    for pid in map(int, (tmp_path / "pids").read_text().split()):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
     assert not list(tmp_path.glob(".ray-token*"))
+
+
+class TestSamplerOfSlurm:
+    def test_each_node_has_one_that_answers_itself_alone(self, submit):
+        spool = f"/tmp/wattier-{os.getuid()}-spool"
+        assert submit(2) == [f"n{n} serve --port 9500 --spool {spool} runtime=" for n in (1, 2)]
+
+    def test_it_lists_itself_for_the_networks_that_may_ask(self, submit, tmp_path):
+        edits = [('sampler_allow=""', 'sampler_allow="10.1.0.0/16 10.2.3.4"'), ('sampler_token=""', "sampler_token=t")]
+        first, second = submit(2, edits=edits)
+        assert "--allow 10.1.0.0/16 --allow 10.2.3.4 --token-file t --address 0.0.0.0" in first
+        assert f"--discovery {tmp_path}/dashboards/targets/12345-n2.json" in second
+
+    def test_its_options_are_known_to_the_command(self, submit):
+        (call,) = submit(1, edits=[('sampler_allow=""', "sampler_allow=10.1.0.0/16")])
+        options = make_parser().parse_args(call.split()[1:-1])
+        assert (options.address, options.allow, options.port) == ("0.0.0.0", ["10.1.0.0/16"], 9500)
+
+    def test_it_can_be_switched_off(self, submit):
+        assert submit(1, edits=[("sampler=on ", "sampler=off ")]) == []
 
 
 def test_runtime_env_names_the_source_roots():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 PROBE = "import uuid, platform; print('system is', platform.system())"
@@ -52,8 +53,12 @@ def cluster():
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
+    hidden = folder / "hidden"  # Ray 2.60 dies wherever amdsmi is installed and finds no library of AMD's
+    hidden.mkdir()
+    (hidden / "amdsmi.py").write_text("raise ImportError")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "HOME": str(folder),
+        "PYTHONPATH": str(hidden),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -104,9 +109,12 @@ def end(head):
 @pytest.mark.timeout(120)
 def test_the_standard_library_wins_in_a_ray_job(cluster, tmp_path):
     environment, address, head = cluster
+    runtime = yaml.safe_load((REPOSITORY / "configs/ray/runtime_env.yaml").read_text())
+    runtime["env_vars"]["PYTHONPATH"] += f":{environment['PYTHONPATH']}"
+    (tmp_path / "runtime_env.yaml").write_text(yaml.safe_dump(runtime))
     done = subprocess.run(
         [Path(sys.executable).with_name("ray"), "job", "submit", f"--address={address}", "--working-dir=.",
-         f"--runtime-env={REPOSITORY / 'configs/ray/runtime_env.yaml'}", "--", sys.executable, "-c", JOB],
+         f"--runtime-env={tmp_path / 'runtime_env.yaml'}", "--", sys.executable, "-c", JOB],
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
