@@ -8,12 +8,14 @@ proportion (``_cut``). Between the first and the last tick the counter is taken 
 
 from __future__ import annotations
 
-from wattier_telemetry.integral import Edge, PowerIntegral, trapezoid
+from wattier_telemetry.integral import Edge, PowerIntegral, credible, most_watts, trapezoid
 from wattier_telemetry.records import Attribution, Device, Method, Reading, Share, weakest
 from wattier_telemetry.throttling import ThrottleClock
 
-_STUCK_SECONDS = 1.0  # a counter that stands still so long under power is not believed
+_STUCK_SECONDS, _STUCK_READINGS = 1.0, 5  # a counter that stands still so long under power is not believed
 _CHECKED_SECONDS, _CHECKED_READINGS = 3.0, 30  # before counter and power samples are held against each other
+# Samples that lie further apart may be in step with a load that pulsates, and then say little against a counter.
+_SPARSE_SECONDS, _SPARSE_READINGS = 0.5, 600
 _DISTRUST_RATIO, _DOUBT_RATIO = 2.0, 1.3
 _COARSE_SECONDS = 0.01  # a counter that is refreshed more often needs no care at the edges
 _RECENT_SECONDS = 1.0
@@ -66,11 +68,13 @@ class Account:
         self._fraction, self._weights, self._weighted = fraction, 0.0, 0.0
         self._throttling = ThrottleClock()
         self._stuck_seconds = 0.0
-        self._backward_steps = self._readings = self._failures = 0
+        self._pending_readings = 0
+        self._jumps = self._backward_steps = self._readings = self._failures = 0
         self._failure = ""
 
     def preview(self, reading: Reading) -> None:
         """Learn the power before the window opens, without billing anything."""
+        reading = credible(reading)
         self.power_watts = reading.power_watts
         self._see_power(reading)
 
@@ -98,6 +102,7 @@ class Account:
     def add(self, time_seconds: float, reading: Reading, fraction: float | None = None) -> None:
         """Book the step since the last reading; ``time_seconds`` is any clock that never jumps."""
         self._readings += 1
+        reading = credible(reading)
         self._see_power(reading)
         last, self._last = self._last, (time_seconds, reading)
         self._answered_at = time_seconds
@@ -111,7 +116,8 @@ class Account:
         moved = None
         if reading.energy_joules is not None:
             before, self._counter = self._counter, (time_seconds, reading.energy_joules)
-            moved = None if before is None else reading.energy_joules - before[1]
+            moved = None if before is None else self._moved(reading.energy_joules - before[1], time_seconds - before[0])
+        self._pending_readings += 1
         if moved is not None:
             self._count(moved, step, time_seconds)
         elif self._counter is None:
@@ -137,11 +143,12 @@ class Account:
         """Use a reading from just after the window: the next tick tells where in its interval the end lay."""
         if self.settled or self._closed_at is None or self._counter is None or self._last is None:
             return
+        reading = credible(reading)
         self._see_power(reading)
         step = trapezoid(self._last, (time_seconds, reading))
         self._last = (time_seconds, reading)
         moved = 0.0 if reading.energy_joules is None else reading.energy_joules - self._counter[1]
-        if moved < 0:
+        if moved < 0 or self._is_jump(moved, time_seconds - self._counter[0]):
             self._end_can_be_cut = False
         elif moved == 0:
             self._tail.add(step)
@@ -198,6 +205,11 @@ class Account:
                 f"{who}its energy counter went backward {self._backward_steps} "
                 "time(s); power samples, where there are any, replace it for these steps"
             )
+        if self._jumps:
+            found.append(
+                f"{who}its energy counter jumped {self._jumps} time(s) by more than can be; power samples, "
+                "where there are any, replace it for these steps"
+            )
         if self._is_stuck or self._stuck_seconds:
             found.append(f"{who}its energy counter stood still under power; power samples replace it there")
         ratio = self._counter_to_power_ratio()
@@ -210,10 +222,18 @@ class Account:
 
     # -- booking -------------------------------------------------------------------------------------------------
 
+    def _moved(self, moved: float, seconds: float) -> float:
+        """Return by how much the counter moved; below zero where it is not to be believed."""
+        if self._is_jump(moved, seconds):
+            self._jumps += 1
+            return -1.0
+        self._backward_steps += moved < 0
+        return moved
+
     def _count(self, moved: float, step: PowerIntegral, time_seconds: float) -> None:
         """Book what the counter did in a step."""
         if moved < 0:  # seen on MI100, and after a driver reset: this step cannot be told by the counter
-            self._backward_steps += 1
+            self._pending_readings = 0
             gap = min(step.seconds, self._refresh_seconds) if self._coarse_counter else 0.0
             span = step
             if self._coarse_counter or self._is_stuck:
@@ -237,18 +257,20 @@ class Account:
         if self._opening is None:
             edge_seconds = max(0.0, time_seconds - gap / 2 - (self._first_time or 0.0))
             self._opening = Edge(edge_seconds, moved, gap, self._pending)
-            self._pending = step.part(gap / 2)
+            self._pending, self._pending_readings = step.part(gap / 2), 0
         else:
             self._book_tick(moved, step.part(gap / 2))
 
     def _book_tick(self, moved: float, since: PowerIntegral) -> None:
         """Book what the counter moved by; ``since`` is the power already sampled after the tick."""
         pending, self._pending = self._pending, since
+        readings, self._pending_readings = self._pending_readings, 0
+        stood = readings >= _STUCK_READINGS and pending.seconds >= self._stuck_after_seconds
         if pending.known:
             self._counted_joules += moved
             self._sampled.add(pending)
             self._compared += 1
-        if pending.known and pending.seconds >= self._stuck_after_seconds and moved < 0.5 * pending.joules:
+        if pending.known and stood and moved < 0.5 * pending.joules:
             self._stuck_seconds += pending.seconds
             self._methods.add("integrated")
             self._integrated.add(pending)
@@ -318,8 +340,8 @@ class Account:
 
     @property
     def _is_stuck(self) -> bool:
-        pending = self._pending
-        return pending.known and pending.seconds >= self._stuck_after_seconds and pending.joules > 0
+        pending, stood = self._pending, self._pending_readings >= _STUCK_READINGS
+        return pending.known and stood and pending.seconds >= self._stuck_after_seconds and pending.joules > 0
 
     @property
     def _is_distrusted(self) -> bool:
@@ -328,8 +350,14 @@ class Account:
 
     def _counter_to_power_ratio(self) -> float | None:
         """Return the counter's joules over those of the samples, once there are enough of both."""
-        enough = self._sampled.seconds >= _CHECKED_SECONDS and self._compared >= _CHECKED_READINGS
+        sparse = self._sampled.seconds > _SPARSE_SECONDS * self._compared
+        needed = _SPARSE_READINGS if sparse else _CHECKED_READINGS
+        enough = self._sampled.seconds >= _CHECKED_SECONDS and self._compared >= needed
         return self._counted_joules / self._sampled.joules if enough and self._sampled.joules > 0 else None
+
+    def _is_jump(self, moved: float, seconds: float) -> bool:
+        """Tell whether a counter moved by more than the device can have drawn, with a second for a late refresh."""
+        return moved > most_watts(self._limit_watts) * (seconds + 1.0)
 
     def _possible_watts(self) -> float:
         """Return the most the device may have drawn while nobody looked."""

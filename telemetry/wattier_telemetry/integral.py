@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from wattier_telemetry.records import Reading
 
 _FAST_SECONDS = 0.02  # between two power samples closer than this the power is taken to run straight
+
+MOST_WATTS = 1e5  # no device that is measured here, not even a whole node, draws that
+_MOST_LIMITS = 10.0  # nor so many times its own power cap
 
 
 @dataclass(slots=True)
@@ -56,3 +60,22 @@ def trapezoid(before: tuple[float, Reading], now: tuple[float, Reading]) -> Powe
     coarse = seconds if seconds > _FAST_SECONDS else 0.0
     slack = 0.0 if coarse else abs(first - last) / 2 * seconds
     return PowerIntegral(seconds, (first + last) / 2 * seconds, slack, coarse)
+
+
+def most_watts(limit_watts: float | None) -> float:
+    """Return the power above which a figure is garbage, W."""
+    limited = limit_watts is not None and 0 < limit_watts < MOST_WATTS / _MOST_LIMITS
+    return _MOST_LIMITS * limit_watts if limited and limit_watts is not None else MOST_WATTS
+
+
+def credible(reading: Reading) -> Reading:
+    """Return the reading without figures that cannot be: one of them would poison every sum after it."""
+    watts, joules, seconds = reading.power_watts, reading.energy_joules, reading.throttle_seconds
+    bad: dict[str, None] = {}
+    if watts is not None and not 0 <= watts <= most_watts(reading.power_limit_watts):
+        bad["power_watts"] = None
+    if joules is not None and not math.isfinite(joules):
+        bad["energy_joules"] = None
+    if seconds is not None and not all(map(math.isfinite, seconds.values())):
+        bad["throttle_seconds"] = None
+    return replace(reading, **bad) if bad else reading

@@ -22,6 +22,7 @@ from wattier_telemetry.source import PowerSource
 _FIRST_TICK_SECONDS = 0.01  # a source without a power field shows its power only at its second reading
 _EDGE_SECONDS = 0.005  # between two readings while a tick of the counter is awaited
 _EDGE_REFRESHES = 3  # a counter that has not moved for so long after the end will not tell the end
+_LOCK_SECONDS = 0.1  # between two looks whether the meter was closed by whoever has the lock
 _JITTER = 0.2  # of the interval: samples in step with a load that pulsates would see only one side of it
 _RESERVED_INTERVALS = 2.5
 _LONGEST_GAP_INTERVALS = 5.0
@@ -39,6 +40,8 @@ class EnergyMeter:
     for two and a half intervals to come (or so many times the longest recent stall of the thread, if that is longer)
     at the larger of present and mean power. A process that is killed is therefore billed a little too much, not too
     little, as long as its power does not rise and no new stall is longer than that.
+
+    A child that is forked inside the window has no part in it: there `close` does nothing, and `so_far` is empty.
 
     Windows may nest and run side by side, one meter each, over one source. At the edges of a window whose counter is
     refreshed only now and then, the meter reads quickly until the next refresh (see `Account`): for up to two
@@ -100,6 +103,7 @@ class EnergyMeter:
         self._start_seconds = 0.0
         self._opened_at: float | None = None
         self._sampled_at = self._journaled_at = 0.0
+        self._pid = os.getpid()
         self._gaps: deque[float] = deque(maxlen=16)
         self._report: EnergyReport | None = None
 
@@ -117,6 +121,7 @@ class EnergyMeter:
             self._journal = Journal(self._journal_path)
             self._start_seconds = self._clock()
             self._journal.write(self._build(0.0, reserved_seconds=self._horizon_seconds()))
+        self._pid = os.getpid()
         self._start_seconds, self._opened_at = self._clock(), self._monotonic()
         self._sampled_at = self._journaled_at = self._opened_at
         self._sample(self._opened_at)
@@ -132,7 +137,7 @@ class EnergyMeter:
 
     def close(self) -> None:
         """Take the last reading and put the exact report into the journal. Closing twice is harmless."""
-        if self._opened_at is None or self._report is not None:
+        if self._opened_at is None or self._report is not None or os.getpid() != self._pid:
             return
         self._stop.set()
         if self._thread is not None:
@@ -170,6 +175,8 @@ class EnergyMeter:
 
     def so_far(self) -> EnergyReport:
         """Take a reading now and return the energy since the window opened; after close, the report."""
+        if os.getpid() != self._pid:  # a lock that was held at the fork is never given back in the child
+            return EnergyReport.empty()
         with self._lock:
             if self._report is not None:
                 return self._report
@@ -182,10 +189,15 @@ class EnergyMeter:
     def _run(self) -> None:
         delay = min(_FIRST_TICK_SECONDS, self._interval_seconds)
         while not self._stop.wait(delay):
-            with self._lock:
+            while not self._lock.acquire(timeout=_LOCK_SECONDS):
+                if self._stop.is_set():  # a signal handler closes the meter while its thread is in `so_far`
+                    return
+            try:
                 now = self._monotonic()
                 self._sample(now, journal=now - self._journaled_at >= self._interval_seconds / 2)
                 fast = any(account.wants_fast_readings for account in self._accounts)
+            finally:
+                self._lock.release()
             if fast:
                 delay = _EDGE_SECONDS
             else:
@@ -269,7 +281,10 @@ class _Owners:
         """Return the part of a device, or None where it is what the meter was told."""
         if self._fraction == 1 or device.method == "estimated":
             return None
-        busy = self._source.busy_by_pid(device)
+        try:
+            busy = self._source.busy_by_pid(device)
+        except Exception:  # noqa: BLE001  (the joules are known all the same)
+            return None
         total = sum(busy.values())
         if total <= 0 or not any(psutil.pid_exists(pid) for pid in busy):  # pids of another namespace mean nothing
             return None

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import socket
+import stat
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,8 @@ import psutil
 from wattier_telemetry.records import METHODS, Method
 
 ENVIRONMENT_VARIABLE = "WATTIER_REGISTRY"
+MOST_BYTES = 2**20  # of one registration
+_MOST_PID = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ def read_registrations(folder: Path | None = None) -> list[TrialRegistration]:
     found = []
     for path in sorted(folder.glob("[!.]*.json")):
         try:
-            registration = parse_registration(json.loads(path.read_bytes()))
+            registration = load_registration(path)
             written_seconds = path.stat().st_mtime
         except (OSError, ValueError, TypeError):
             continue
@@ -120,6 +123,25 @@ def read_registrations(folder: Path | None = None) -> list[TrialRegistration]:
             continue
         found.append(registration)
     return found
+
+
+def load_registration(path: Path) -> TrialRegistration:
+    """Read one file, which may be anybody's: a pipe is not waited for, a link not followed, nothing huge read.
+
+    Raises:
+        OSError: If it cannot be read.
+        TypeError, ValueError: If it is no registration.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            raise ValueError(f"{path}: is no file, or larger than {MOST_BYTES} bytes")
+        text = file.read(MOST_BYTES)
+    try:
+        return parse_registration(json.loads(text))
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: is no registration") from error
 
 
 def is_alive(pid: int, written_seconds: float) -> bool:
@@ -152,6 +174,7 @@ def parse_registration(data: Any) -> TrialRegistration:
     good = (
         all(isinstance(text, str) for text in texts)
         and all(isinstance(count, int) for count in counts)
+        and 0 < registration.pid <= _MOST_PID
         and isinstance(registration.device_uuids, list)
         and all(isinstance(getattr(registration, name), int | float | None) for name in measures)
         and all(math.isfinite(getattr(registration, name) or 0) for name in measures)

@@ -114,12 +114,14 @@ class Ledger:
         """Read what `to_dict` wrote.
 
         Raises:
-            ValueError: If the books do not balance.
+            ValueError: If the books do not balance, or hold what cannot be.
         """
         shares = {_key(row[:-1]): int(row[-1]) for row in data["shares"]}
         ledger = cls(int(data["total"]), int(data["rest"]), int(data["forgotten"]), shares)
         if ledger.total != ledger.rest + ledger.forgotten + sum(shares.values()):
             raise ValueError("the shares and the rest are not equal to the total")
+        if min(ledger.rest, ledger.forgotten, *shares.values(), 0) < 0:
+            raise ValueError("a share is negative")
         return ledger
 
 

@@ -91,7 +91,7 @@ class Sampler:
                 if device.uuid in known:  # two sources that see one device must not bill it twice
                     continue
                 known.add(device.uuid)
-                gpu = device.domain == "gpu"
+                gpu = device.domain == "gpu" and source.name != "cray"  # whose modules hold GPUs that others list
                 account = Account(device, device.method, longest_gap_seconds=longest_gap)
                 watches.append(Watched(device, source.name, card if gpu else None, account))
                 card += gpu
@@ -193,7 +193,11 @@ class Sampler:
                 watched.errors += 1
                 watched.present = {key: part for key, part in watched.present.items() if key in self._trials}
                 continue
-            watched.take(look.at, look.reading, look.busy, look.roots)
+            try:
+                watched.take(look.at, look.reading, look.busy, look.roots)
+            except Exception:  # noqa: BLE001  (what one device says must not cost the others their sample)
+                watched.errors += 1
+                _log.exception("%s: its reading cannot be booked", watched.device.uuid)
             self._seat(watched)
         self.generation += 1
         self._end_trials()
@@ -221,6 +225,7 @@ class Sampler:
                 return
             gone = {key: trial for key, trial in self._trials.items() if key not in living}
             came = living.keys() - self._trials.keys()
+            moved = any(_claim(trial) != _claim(living.get(key, trial)) for key, trial in self._trials.items())
             self._trials = living
             self.generation += 1
             now = self.timeline()
@@ -228,7 +233,7 @@ class Sampler:
             self._ending |= gone
             for key in came:
                 self._ending.pop(key, None)
-            if gone or came:
+            if gone or came or moved:
                 for lane in self._lanes:
                     lane.want(push=True)
 
@@ -240,7 +245,7 @@ class Sampler:
             joules = {
                 watched.device.uuid: watched.ledger.shares.get(key, 0) / MICRO
                 for watched in self.watched
-                if watched.billed and watched.device.uuid in trial.device_uuids
+                if watched.billed and (watched.device.uuid in trial.device_uuids or key in watched.ledger.shares)
             }
             self._ended_count += 1
             self._ended.append((self._ended_count, now, Ended(key, joules)))
@@ -277,3 +282,8 @@ class Sampler:
             with self._lock:
                 data = self._state.snapshot(self.watched)
             self._state.write(data)
+
+
+def _claim(trial: TrialRegistration) -> tuple[tuple[str, ...], float, int]:
+    """Return what decides which joules are the trial's."""
+    return trial.device_uuids, trial.fraction, trial.pid

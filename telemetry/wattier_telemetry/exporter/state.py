@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,12 +55,14 @@ class SamplerState:
                     continue
                 watched.ledger = Ledger.from_dict(saved)
                 if same_boot and saved["counter"] is not None:  # a counter starts anew with the driver
-                    watched.saved_counter = float(saved["counter"])
+                    counter = float(saved["counter"])
                     weights = {(row[0], row[1], row[2], row[3]): float(row[4]) for row in saved["weights"]}
-                    watched.saved_split = Split(weights, "equal")
+                    if not (math.isfinite(counter) and all(0 <= weight <= 1 for weight in weights.values())):
+                        raise ValueError("a counter or a weight is no such number")
+                    watched.saved_counter, watched.saved_split = counter, Split(weights, "equal")
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             _log.warning("%s cannot be read, so joules start at zero: %r", self._path, error)
 
     def snapshot(self, watches: Iterable[Watched]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import select
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from wattier_telemetry.exporter.attribution import Key
 from wattier_telemetry.exporter.metrics import label
-from wattier_telemetry.registration import TrialRegistration, default_folder, is_alive, parse_registration
+from wattier_telemetry.registration import TrialRegistration, default_folder, is_alive, load_registration
 
 MOST_PAIRS = 1000  # of a trial rank and a device: what bounds the number of series
 
@@ -54,7 +53,7 @@ class Roster:
         self._inode = self._changed_ns = -1
         self._unsure_until = 0.0
         self.living: dict[Key, TrialRegistration] = {}
-        self.not_shown = 0
+        self.not_shown = self._left_out = 0
         self._complaint = ""
 
     def wait(self) -> None:
@@ -141,10 +140,15 @@ class Roster:
             if self._folder is not None:
                 with os.scandir(self._folder) as scan:
                     entries = [entry for entry in scan if entry.name.endswith(".json") and entry.name[0] != "."]
-        for entry in entries:
+        seen = self._left_out = 0
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if seen >= MOST_PAIRS:  # never to be shown, and each would take a file descriptor
+                self._left_out += 1
+                continue
             with contextlib.suppress(OSError):
                 self._look_at(entry, ended)
                 found.add(entry.name)
+                seen += self._files[entry.name].registration is not None
         for name in self._files.keys() - found:
             self._drop(name)
         self._choose()
@@ -157,7 +161,7 @@ class Roster:
         if file is None or file.stamp != stamp:
             registration = None
             with contextlib.suppress(ValueError, TypeError):
-                registration = parse_registration(json.loads(Path(entry.path).read_bytes()))
+                registration = load_registration(Path(entry.path))
             if file is None or registration is None or before is None or before.pid != registration.pid:
                 self._drop(entry.name)
                 file = _File(stamp, registration, self._watch(registration))
@@ -198,7 +202,7 @@ class Roster:
 
     def _choose(self) -> None:
         living: dict[Key, TrialRegistration] = {}
-        pairs = not_shown = 0
+        pairs, not_shown = 0, self._left_out
         for name in sorted(self._files):
             trial = self._files[name].registration
             if trial is None:

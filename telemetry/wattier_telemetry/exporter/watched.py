@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from wattier_telemetry.account import Account
 from wattier_telemetry.exporter.attribution import MICRO, Key, Ledger, Part, Split, split
 from wattier_telemetry.exporter.metrics import INFO, Labels, label
+from wattier_telemetry.integral import MOST_WATTS, credible
 from wattier_telemetry.records import Device, Reading
 
 _POWER_SECONDS = 0.1  # a counter's difference over less than this is mostly the counter's own steps
@@ -76,11 +77,13 @@ class Watched:
 
     def take(self, at: float, reading: Reading, busy: dict[int, float], roots: dict[int, int]) -> None:
         """Book a reading: power, throttling, joules and whose they are."""
+        reading = credible(reading)
         self._note_power(at, reading)
         self._note_throttling(reading)
         if self.reading is None and self.saved_counter is not None and reading.energy_joules is not None:
-            missed = int((reading.energy_joules - self.saved_counter) * MICRO)
-            self.ledger.book(missed, self.saved_split.weights)
+            missed = reading.energy_joules - self.saved_counter
+            if missed <= MOST_WATTS * at:  # since the machine started
+                self.ledger.book(int(missed * MICRO), self.saved_split.weights)
         self.account.add(at, reading)
         self.reading, self.read_at = reading, at
         self.has_counter = self.has_counter or reading.energy_joules is not None
