@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from wattier_telemetry.records import Reading
 
@@ -71,7 +72,7 @@ def most_watts(limit_watts: float | None) -> float:
 def credible(reading: Reading) -> Reading:
     """Return the reading without figures that cannot be: one of them would poison every sum after it."""
     watts, joules, seconds = reading.power_watts, reading.energy_joules, reading.throttle_seconds
-    bad: dict[str, None] = {}
+    bad: dict[str, Any] = {}
     if watts is not None and not 0 <= watts <= most_watts(reading.power_limit_watts):
         bad["power_watts"] = None
     if joules is not None and not math.isfinite(joules):

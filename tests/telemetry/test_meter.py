@@ -1,7 +1,9 @@
 """The meter against closed forms, with an injected clock; then its journal, and processes killed under it."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from wattier_telemetry import (
     open_source,
     read_journal,
 )
+from wattier_telemetry.account import Account
 from wattier_telemetry.source import PowerSource
 from wattier_telemetry.sources.rapl import RaplSource
 from wattier_telemetry.sources.replay import ReplaySource
@@ -155,6 +158,109 @@ def test_failed_readings_cost_a_power_meter_its_coverage_but_a_counter_nothing(c
     assert (sampled.joules, sampled.coverage_ratio) == (pytest.approx(40), pytest.approx(1 / 4))
     assert (counted.joules, counted.coverage_ratio) == (pytest.approx(4), 1)
     assert any("fell off the bus" in text for text in running.report.warnings)
+
+
+@pytest.mark.parametrize("refresh", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        {"power_watts": float("nan")},
+        {"power_watts": -100.0},
+        {"power_watts": 0xFFFFFFFF / 1e3},
+        {"energy_joules": float("nan")},
+        {"energy_joules": float("inf")},
+        {"energy_joules": (2**64 - 1) / 1e3},
+        {"throttle_seconds": {"power_cap": float("nan")}},
+    ],
+    ids=str,
+)
+def test_a_reading_that_is_garbage_is_not_billed(clock, meter, garbage, refresh):
+    """Once among a hundred readings of 400 W, taken each 20 ms; the counter is exact then."""
+
+    def reading(_):
+        now = clock.now - 1000
+        figures = {"power_watts": 400.0, "energy_joules": 400.0 * now, "power_limit_watts": 700.0}
+        return Reading(clock.now, **(figures | garbage if now == pytest.approx(0.6) else figures))
+
+    source = Script(reading)
+    source.listed = (Device("d0", "device", "gpu", 0, counter_refresh_seconds=refresh),)
+    with meter(source) as running:
+        settle()
+        for _ in range(100):
+            clock.now += 0.02
+            running.so_far()
+    assert running.report.joules == pytest.approx(800, rel=0.02)
+    assert running.report.joules_low <= 800.001
+    assert running.report.joules_high == pytest.approx(800, rel=0.06)
+    assert ("jumped" in str(running.report.warnings)) == (garbage == {"energy_joules": (2**64 - 1) / 1e3})
+
+
+@pytest.mark.parametrize(("hz", "duty"), [(1.0, 0.2), (0.5, 0.5), (0.9, 0.3)])
+def test_power_looked_at_once_a_second_does_not_overrule_a_counter_that_moves(clock, hz, duty):
+    """The samples of such a load may all, or by turns, fall on its bursts."""
+
+    def joules(t):
+        periods, phase = divmod(t * hz, 1)
+        bursts = (periods * duty + min(phase, duty)) / hz
+        return 700 * bursts + 70 * (t - bursts)
+
+    account = Account(Device("d", "device", "gpu", 0, counter_refresh_seconds=0.1), "counter", longest_gap_seconds=5)
+    for second in range(121):
+        t = second + 10.05
+        watts = 700.0 if (t * hz) % 1 < duty else 70.0
+        account.add(t, Reading(t, power_watts=watts, energy_joules=joules(int(t * 10) / 10)))
+    assert account.joules == pytest.approx(joules(130.05) - joules(10.05), rel=0.01)
+
+
+def test_processes_that_cannot_be_listed_do_not_cost_the_joules(clock, meter):
+    source = Script(lambda _: Reading(clock.now, energy_joules=100 * clock.now))
+
+    def refuse(_):
+        raise OSError("no processes here")
+
+    source.busy_by_pid = refuse
+    with meter(source, fraction=0.5) as running:
+        settle()
+        clock.now += 4
+    assert running.report.joules == pytest.approx(200)
+    assert running.report.shares[0].attribution == "equal"
+
+
+@pytest.mark.timeout(30)
+def test_a_signal_handler_may_close_the_meter_while_it_is_read(trace):
+    class Slow(ReplaySource):
+        def read(self, device):
+            time.sleep(0.02)
+            return super().read(device)
+
+    for delay in (0.11, 0.117, 0.124, 0.133, 0.142, 0.151):
+        running = EnergyMeter(Slow(trace("0,g,100")), interval_seconds=0.02)
+        old = signal.signal(signal.SIGALRM, lambda *_, running=running: running.close())
+        try:
+            with running:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                while running._report is None:
+                    running.so_far()
+        finally:
+            signal.signal(signal.SIGALRM, old)
+        assert running.report.joules == pytest.approx(100 * running.report.seconds, rel=0.01)
+
+
+def test_a_forked_child_leaves_its_parents_window_and_journal_alone(trace, tmp_path):
+    path = tmp_path / "a.energy.json"
+    with EnergyMeter(open_source(f"replay:{trace('0,g,100')}"), journal=path, interval_seconds=0.05) as running:
+        time.sleep(0.2)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            running.so_far()
+            running.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        time.sleep(0.5)
+        assert json.loads(path.read_text())["final"] is False
+        assert read_journal(path).joules >= running.so_far().joules - 10
+    assert read_journal(path) == running.report
 
 
 def test_silent_device_is_unknown(clock, meter):

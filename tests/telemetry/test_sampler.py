@@ -4,10 +4,14 @@ import itertools
 import json
 import logging
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from scripted import ScriptedSource
@@ -18,8 +22,11 @@ from wattier_telemetry.exporter.sampler import Sampler
 from wattier_telemetry.exporter.series import WattierView
 from wattier_telemetry.exporter.state import SamplerState
 from wattier_telemetry.exporter.trials import MOST_PAIRS, Roster
+from wattier_telemetry.registration import read_registrations
 
 A, B = ("r", "s", "a", "0"), ("r", "s", "b", "0")
+GOOD = {"run": "r", "stage": "s", "trial": "t", "rank": 0, "pid": os.getpid(), "host": socket.gethostname()}
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class ListSink:
@@ -160,6 +167,8 @@ class TestLedger:
     def test_books_that_do_not_balance_are_refused(self):
         with pytest.raises(ValueError, match="total"):
             Ledger.from_dict({"total": 5, "rest": 1, "forgotten": 0, "shares": [[*A, 3]]})
+        with pytest.raises(ValueError, match="negative"):
+            Ledger.from_dict({"total": 5, "rest": 8, "forgotten": 0, "shares": [[*A, -3]]})
 
 
 class TestBilling:
@@ -250,11 +259,95 @@ class TestBilling:
         assert "2 registered trials are not shown" in caplog.text
         roster.close()
 
+    def test_a_trial_that_moves_to_another_device_is_billed_on_both(self, sampling, register):
+        withdraw = register("a", uuids=("g",))
+        sampler = sampling(ScriptedSource(g=1000.0, h=1000.0), period_seconds=5.0)
+        points(sampler)
+        time.sleep(0.5)
+        register("a", uuids=("h",))
+        until(lambda: pick(points(sampler), "wattier_trial_info", trial="a", uuid="h"))
+        time.sleep(0.5)
+        withdraw()
+        until(lambda: not pick(points(sampler), "wattier_trial_info", trial="a"))
+        found = points(sampler)
+        for uuid in ("g", "h"):
+            assert pick(found, "wattier_trial_energy_joules_total", uuid=uuid) == [pytest.approx(500, abs=200)]
+
+    def test_a_reading_that_is_garbage_costs_nobody_else_his_joules(self, sampling):
+        class Garbage(ScriptedSource):
+            def read(self, device):
+                reading = super().read(device)
+                return replace(reading, energy_joules=float("nan")) if device.uuid == "bad" else reading
+
+        sampler = sampling(Garbage(bad=100.0, good=100.0))
+        until(lambda: pick(points(sampler), "wattier_accounted_energy_joules_total", uuid="good")[0] > 20)
+        assert pick(points(sampler), "wattier_accounted_energy_joules_total", uuid="bad")[0] > 10  # by its power
+
+    def test_a_module_that_holds_other_gpus_is_no_card(self, tmp_path):
+        sampler = Sampler([ScriptedSource("amd", a=1.0, b=1.0), ScriptedSource("cray", c=1.0)], registry=tmp_path)
+        assert [watched.card for watched in sampler.watched] == [0, 1, None]
+
     def test_long_names_are_cut(self, tmp_path, register):
         register("x" * 500)
         roster = Roster(tmp_path / "trials")
         ((_, _, trial, _),) = roster.refresh()
         assert trial == "x" * 200
+        roster.close()
+
+
+class TestHostileRegistrations:
+    @pytest.mark.parametrize(
+        "more",
+        [{"pid": 10**30}, {"pid": -1}, {"epoch": 10**400}, {"fraction": 10**400}, {"device_uuids": "g"}],
+        ids=lambda more: next(iter(more)) + str(next(iter(more.values())))[:2],
+    )
+    def test_a_number_that_cannot_be(self, tmp_path, register, more):
+        register("good")
+        (tmp_path / "trials/bad.json").write_text(json.dumps({**GOOD, "device_uuids": ["g"], **more}))
+        assert [key[2] for key in Roster(tmp_path / "trials").refresh()] == ["good"]
+        assert [trial.trial for trial in read_registrations(tmp_path / "trials")] == ["good"]
+
+    def test_brackets_without_end(self, tmp_path, register):
+        register("good")
+        (tmp_path / "trials/bad.json").write_text("[" * 100_000)
+        assert len(Roster(tmp_path / "trials").refresh()) == len(read_registrations(tmp_path / "trials")) == 1
+
+    @pytest.mark.timeout(20)
+    def test_a_pipe_a_link_and_a_file_that_is_huge(self, tmp_path, register):
+        register("good")
+        os.mkfifo(tmp_path / "trials/pipe.json")
+        (tmp_path / "trials/link.json").symlink_to("/dev/zero")
+        with (tmp_path / "trials/huge.json").open("wb") as file:
+            file.truncate(2**40)
+        assert len(Roster(tmp_path / "trials").refresh()) == len(read_registrations(tmp_path / "trials")) == 1
+
+    def test_a_crowd_takes_no_more_descriptors_than_are_shown(self, tmp_path):
+        for i in range(MOST_PAIRS + 500):
+            (tmp_path / f"{i:05}.json").write_text(json.dumps({**GOOD, "trial": str(i), "device_uuids": ["g"]}))
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        roster = Roster(tmp_path)
+        assert (len(roster.refresh()), roster.not_shown) == (MOST_PAIRS, 500)
+        assert len(list(Path("/proc/self/fd").iterdir())) - before <= MOST_PAIRS + 10
+        roster.close()
+
+    def test_a_folder_made_anew_is_listened_to(self, tmp_path, register):
+        """Also where the new folder has the inode of the old one, as it often has."""
+        roster = Roster(tmp_path / "trials")
+        for _ in range(10):
+            register("a")
+            roster.refresh()
+            shutil.rmtree(tmp_path / "trials")
+            register("a")
+            assert len(roster.refresh()) == 1
+            time.sleep(0.15)
+            roster.refresh()
+            register("b")
+            begin = time.monotonic()
+            roster.wait()
+            assert time.monotonic() - begin < 0.5
+            assert len(roster.refresh()) == 2
+            shutil.rmtree(tmp_path / "trials")
+            roster.refresh()
         roster.close()
 
 
@@ -445,12 +538,50 @@ class TestState:
         state.close()
         SamplerState(tmp_path).close()
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"devices": 3}', '{"boot": "", "devices": {"g": {}}}'])
+    BOOKS = '{"boot": "%s", "devices": {"g": {"total": 0, "rest": 0, "forgotten": 0, "shares": [], %s}}}'
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "{",
+            "[]",
+            '{"devices": 3}',
+            '{"boot": "", "devices": {"g": {}}}',
+            '{"boot": "", "devices": {"g": {"total": Infinity, "rest": 0, "forgotten": 0, "shares": []}}}',
+            "[" * 100_000,
+            BOOKS % (BOOT, '"counter": NaN, "weights": []'),
+            BOOKS % (BOOT, '"counter": 1, "weights": [["r", "s", "t", "0", -5]]'),
+        ],
+        ids=range(9),
+    )
     def test_a_damaged_file_is_told_and_passed_over(self, sampling, tmp_path, caplog, text):
         (tmp_path / "state").mkdir()
         (tmp_path / "state" / "sampler.json").write_text(text)
         self.restart(sampling, ScriptedSource(g=1.0), tmp_path / "state")
         assert "joules start at zero" in caplog.text
+
+    def test_a_counter_that_leapt_while_nobody_looked_is_not_billed(self, sampling, tmp_path):
+        (tmp_path / "state").mkdir()
+        (tmp_path / "state" / "sampler.json").write_text(self.BOOKS % (BOOT, '"counter": -1e15, "weights": []'))
+        sampler, _ = self.restart(sampling, ScriptedSource(g=100.0), tmp_path / "state")
+        until(lambda: sampler.watched[0].ledger.total > 0)
+        assert sampler.watched[0].ledger.total < 1e9
+
+    def test_a_slow_disk_hides_no_trials_end(self, sampling, register, child, tmp_path, monkeypatch):
+        process, gate = child(), threading.Event()
+        register("a", pid=process.pid)
+        monkeypatch.setattr("os.fsync", lambda _: gate.wait(20))
+        state = SamplerState(tmp_path / "state", flush_seconds=0.05)
+        sampler = sampling(ScriptedSource(g=100.0), state=state)
+        until((tmp_path / "state" / ".sampler.json.tmp").exists)
+        until(lambda: A in sampler.watched[0].ledger.shares)
+        process.kill()
+        time.sleep(0.5)
+        billed = sampler.watched[0].ledger.shares[A]
+        time.sleep(0.5)
+        assert sampler.watched[0].ledger.shares[A] == billed
+        gate.set()
 
     def test_a_full_disk_is_counted_and_told_once(self, sampling, tmp_path, caplog, monkeypatch):
         sampler, state = self.restart(sampling, ScriptedSource(g=1000.0), tmp_path / "state")

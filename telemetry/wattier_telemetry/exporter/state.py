@@ -55,11 +55,7 @@ class SamplerState:
                     continue
                 watched.ledger = Ledger.from_dict(saved)
                 if same_boot and saved["counter"] is not None:  # a counter starts anew with the driver
-                    counter = float(saved["counter"])
-                    weights = {(row[0], row[1], row[2], row[3]): float(row[4]) for row in saved["weights"]}
-                    if not (math.isfinite(counter) and all(0 <= weight <= 1 for weight in weights.values())):
-                        raise ValueError("a counter or a weight is no such number")
-                    watched.saved_counter, watched.saved_split = counter, Split(weights, "equal")
+                    watched.saved_counter, watched.saved_split = _last_words(saved)
         except FileNotFoundError:
             return
         except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -95,6 +91,15 @@ class SamplerState:
         """Let another exporter use the folder."""
         with contextlib.suppress(OSError):
             os.close(self._lock)
+
+
+def _last_words(saved: dict[str, Any]) -> tuple[float, Split]:
+    """Return the counter as it stood, and whom its device was billed to."""
+    counter = float(saved["counter"])
+    weights = {(row[0], row[1], row[2], row[3]): float(row[4]) for row in saved["weights"]}
+    if not (math.isfinite(counter) and all(0 <= weight <= 1 for weight in weights.values())):
+        raise ValueError("the counter or a weight cannot be")
+    return counter, Split(weights, "equal")
 
 
 def _books(watched: Watched) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from wattier_telemetry.registration import TrialRegistration, default_folder, is
 MOST_PAIRS = 1000  # of a trial rank and a device: what bounds the number of series
 
 _IN_CHANGES = 0x8 | 0x40 | 0x80 | 0x200  # inotify: closed after writing, moved from, moved to, deleted
+_IN_IGNORED = 0x8000  # the folder is gone, and one made since may have its inode
 _POLL_SECONDS, _EVENT_SECONDS = 0.1, 1.0  # between two looks at a folder that does not, or does, tell of changes
 
 _log = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ class Roster:
             ended = {descriptor for descriptor, _ in self._ends.poll(0)} if self._ends is not None else set()
             if self._events in ended and self._events is not None:
                 with contextlib.suppress(OSError):
-                    os.read(self._events, 65536)
+                    if _is_gone(os.read(self._events, 65536)):
+                        self._inode = -1
             if (
                 self._folder_changed()
                 or ended - {self._bell}
@@ -217,3 +220,14 @@ class Roster:
         if not_shown > self.not_shown:
             _log.warning("%s: %d registered trials are not shown: %d is the most", self._folder, not_shown, MOST_PAIRS)
         self.living, self.not_shown = living, not_shown
+
+
+def _is_gone(events: bytes) -> bool:
+    """Tell whether the kernel says that it watches the folder no longer."""
+    at = 0
+    while at + 16 <= len(events):
+        _, mask, _, length = struct.unpack_from("iIII", events, at)
+        if mask & _IN_IGNORED:
+            return True
+        at += 16 + length
+    return False
