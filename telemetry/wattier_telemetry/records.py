@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Domain = Literal["gpu", "cpu", "dram", "node"]
 Method = Literal["counter", "integrated", "estimated"]
@@ -60,6 +60,14 @@ class Device:
     serial: str | None = None
 
 
+class ErrorCounts(NamedTuple):
+    """Errors of one block of a device since the driver loaded; None = it does not count them."""
+
+    corrected: float | None
+    uncorrected: float | None
+    deferred: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One look at one device. A field the device cannot answer is None.
@@ -80,6 +88,12 @@ class Reading:
         power_limit_max_watts: Highest power cap the device allows, W.
         ecc_corrected: Memory errors corrected since the driver loaded.
         ecc_uncorrected: Memory errors that could not be corrected.
+        decoder_utilization_ratio: Share of time the video decoders were busy, 0 to 1.
+        link_read_bytes: Data read over the links to other GPUs, B, ever growing.
+        link_written_bytes: Data written over them, B, ever growing.
+        compute_units: Compute units there are.
+        compute_units_busy: Compute units that processes occupy at the moment.
+        errors_by_block: Errors by block of the device; None = it does not tell them apart.
         throttle_reasons: What holds the clock down; empty = nothing does, None = the device cannot say.
         throttle_seconds: For each reason the seconds it has held the clock down, ever growing; None = cannot say.
     """
@@ -99,6 +113,12 @@ class Reading:
     power_limit_max_watts: float | None = None
     ecc_corrected: float | None = None
     ecc_uncorrected: float | None = None
+    decoder_utilization_ratio: float | None = None
+    link_read_bytes: float | None = None
+    link_written_bytes: float | None = None
+    compute_units: float | None = None
+    compute_units_busy: float | None = None
+    errors_by_block: Mapping[str, ErrorCounts] | None = None
     throttle_reasons: tuple[str, ...] | None = None
     throttle_seconds: Mapping[str, float] | None = None
 

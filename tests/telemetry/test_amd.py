@@ -557,6 +557,29 @@ def test_binding_of_rocm_itself_comes_first(build_amd, rocm, monkeypatch, tmp_pa
     source.close()
 
 
+class TestEngines:
+    def test_every_part_is_read_in_base_units(self, play):
+        source = play(mi300x(ras=3, vcn=40, xgmi_read=1000, xgmi_write=250, units=304, pids="4711:25,4712:50"))
+        reading = source.read(source.devices()[0])
+        assert reading.decoder_utilization_ratio == 0.4
+        assert (reading.link_read_bytes, reading.link_written_bytes) == (2 * 1000 * 1024, 2 * 250 * 1024)
+        assert (reading.compute_units, reading.compute_units_busy) == (304, 228)
+        assert reading.errors_by_block["umc"] == (3, 30, 300)
+        assert reading.errors_by_block["xgmi_wafl"] == (10, 100, 1000)  # the eighth block, so seven more
+        assert len(reading.errors_by_block) == 8
+
+    def test_a_decoder_before_mi300(self, play):
+        source = play(*package(mm=12))
+        assert source.read(source.devices()[0]).decoder_utilization_ratio == 0.12
+
+    def test_what_a_die_does_not_tell_is_unknown(self, play):
+        source = play(mi300x())
+        reading = source.read(source.devices()[0])
+        assert reading.decoder_utilization_ratio is None
+        assert (reading.link_read_bytes, reading.compute_units, reading.compute_units_busy) == (None, None, None)
+        assert reading.errors_by_block is None
+
+
 def test_meters_of_two_trials_on_the_dies_of_a_package_add_up_to_it(play):
     """Square waves, a counter refreshed every 100 ms, ticks of 2**-16 J: each die owes half, together all of it."""
     wave = {**MI250X, "refresh": 0.1}

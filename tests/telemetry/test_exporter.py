@@ -20,6 +20,7 @@ from wattier_telemetry.exporter import Renderer, ServeOptions, run, serve, start
 from wattier_telemetry.exporter.metrics import METRICS, Point, document, expose
 from wattier_telemetry.exporter.sampler import Sampler
 from wattier_telemetry.exporter.series import WattierView
+from wattier_telemetry.records import ErrorCounts
 from wattier_telemetry.registration import default_folder
 
 EVERYTHING = {
@@ -35,6 +36,11 @@ EVERYTHING = {
     "power_limit_max_watts": 700.0,
     "ecc_corrected": 3.0,
     "ecc_uncorrected": 1.0,
+    "decoder_utilization_ratio": 0.25,
+    "link_read_bytes": 7e9,
+    "link_written_bytes": 8e9,
+    "compute_units": 304.0,
+    "compute_units_busy": 152.0,
 }
 NAMES = {  # what a dashboard asks for, written out: a renamed metric breaks somebody's panel
     "utilization_ratio": "wattier_utilization_ratio",
@@ -49,6 +55,11 @@ NAMES = {  # what a dashboard asks for, written out: a renamed metric breaks som
     "power_limit_max_watts": "wattier_power_limit_max_watts",
     "ecc_corrected": "wattier_ecc_corrected_total",
     "ecc_uncorrected": "wattier_ecc_uncorrected_total",
+    "decoder_utilization_ratio": "wattier_decoder_utilization_ratio",
+    "link_read_bytes": "wattier_link_read_bytes_total",
+    "link_written_bytes": "wattier_link_written_bytes_total",
+    "compute_units": "wattier_compute_units",
+    "compute_units_busy": "wattier_compute_units_busy",
 }
 
 
@@ -92,13 +103,15 @@ def trial(**changes):
 class TestExporter:
     def test_every_field_of_a_reading_has_a_series(self, exporter):
         source = ScriptedSource(u=300.0)
-        source.extra = EVERYTHING
+        source.extra = {**EVERYTHING, "errors_by_block": {"gfx": ErrorCounts(1.0, 2.0, None)}}
         samples = scrape(exporter(source).port)
+        assert pick(samples, "wattier_block_errors_total", block="gfx", kind="uncorrected") == [2]
+        assert pick(samples, "wattier_block_errors_total", kind="deferred") == []
         labels = {"uuid": "u", "device": "GPU u", "domain": "gpu", "source": "scripted"}
         assert {f: pick(samples, n, **labels) for f, n in NAMES.items()} == {f: [v] for f, v in EVERYTHING.items()}
         assert pick(samples, "wattier_power_watts", **labels) == [300]
         assert pick(samples, "wattier_energy_joules_total", method="counter", **labels)[0] > 0
-        fields = set(Reading.__slots__) - {"time_seconds", "throttle_reasons", "throttle_seconds"}
+        fields = set(Reading.__slots__) - {"time_seconds", "throttle_reasons", "throttle_seconds", "errors_by_block"}
         assert fields == NAMES.keys() | {"power_watts", "energy_joules"}
 
     def test_nvml_through_its_real_binding(self, exporter, two_gpus):
@@ -277,7 +290,9 @@ class TestStart:
 class TestTable:
     def test_document_is_current(self):
         path = Path(__file__).parents[2] / "docs" / "metrics.md"
-        assert path.read_text() == document(), "run python -m wattier_telemetry.exporter.metrics > docs/metrics.md"
+        assert path.read_text() == document(), (
+            "its first lines say how it is made"
+        )
 
     def test_names_follow_prometheus(self):
         names = [metric.name for metric in METRICS]

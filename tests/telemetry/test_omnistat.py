@@ -11,7 +11,10 @@ from wattier_telemetry import TrialRegistration
 from wattier_telemetry.exporter.metrics import expose
 from wattier_telemetry.exporter.omnistat import METRICS, OmnistatView
 from wattier_telemetry.exporter.sampler import Sampler
+from wattier_telemetry.records import ErrorCounts
 
+# The blocks that the table names, and one of those behind its dots.
+BLOCKS = ("umc", "sdma", "gfx", "mmhub", "pcie_bif", "hdp", "xgmi_wafl", "athub")
 READING = {
     "utilization_ratio": 0.42,
     "memory_utilization_ratio": 0.22,
@@ -25,6 +28,12 @@ READING = {
     "ecc_corrected": 5.0,
     "ecc_uncorrected": 2.0,
     "throttle_reasons": (),
+    "decoder_utilization_ratio": 0.07,
+    "link_read_bytes": 3.0 * 1024,
+    "link_written_bytes": 5.0 * 1024,
+    "compute_units": 104.0,
+    "compute_units_busy": 26.0,
+    "errors_by_block": {block: ErrorCounts(i, i + 0.25, i + 0.5) for i, block in enumerate(BLOCKS)},
 }
 # name: (labels, value of card 0), from Omnistat 1.14 and its unit for each
 SMI = {
@@ -41,8 +50,14 @@ SMI = {
     "rocm_temperature_celsius": ({"card", "location"}, 42),
     "rocm_temperature_memory_celsius": ({"card", "location"}, 46),
     "rocm_power_cap_watts": ({"card"}, 560),
-    "rocm_ras_umc_correctable_count": ({"card"}, 5),
-    "rocm_ras_umc_uncorrectable_count": ({"card"}, 2),
+    **{f"rocm_ras_{block}_correctable_count": ({"card"}, i) for i, block in enumerate(BLOCKS)},
+    **{f"rocm_ras_{block}_uncorrectable_count": ({"card"}, i + 0.25) for i, block in enumerate(BLOCKS)},
+    **{f"rocm_ras_{block}_deferred_count": ({"card"}, i + 0.5) for i, block in enumerate(BLOCKS)},
+    "rocm_num_compute_units": ({"card"}, 104),
+    "rocm_compute_unit_occupancy": ({"card"}, 26),
+    "rocm_xgmi_total_read_kilobytes": ({"card"}, 3),
+    "rocm_xgmi_total_write_kilobytes": ({"card"}, 5),
+    "rocm_average_decoder_utilization_percentage": ({"card"}, 7),
     "rocm_throttle_events": ({"card"}, 0),
 }
 JOB = {"jobid", "user", "partition", "nodes", "batchflag", "jobstep", "type"}
@@ -218,3 +233,10 @@ def test_a_figure_that_is_unknown_has_no_series(node):
     assert "rocm_vram_used_percentage" not in names
     assert "rocm_throttle_events" not in names
     assert "rocm_average_socket_power_watts" in names
+
+
+def test_a_device_that_does_not_tell_its_blocks_apart_counts_errors_of_its_memory(node):
+    fixture = node()
+    fixture.source.extra = {**READING, "errors_by_block": None}
+    found = {sample.name: sample.value for sample in fixture.samples() if "_ras_" in sample.name}
+    assert found == {"rocm_ras_umc_correctable_count": 5, "rocm_ras_umc_uncorrectable_count": 2}

@@ -1,4 +1,4 @@
-"""Every metric the exporter shows, in one table; ``python -m wattier_telemetry.exporter.metrics > docs/metrics.md``.
+"""Every metric the exporter shows, in one table; run as a module, it prints docs/metrics.md.
 
 The HELP and TYPE lines, the points of a device and the documentation are all made from `METRICS`.
 """
@@ -104,6 +104,34 @@ READINGS = (
         DEVICE,
         "ecc_uncorrected",
     ),
+    Metric(
+        "wattier_decoder_utilization_ratio",
+        "gauge",
+        "Share of time the video decoders were busy.",
+        "0 to 1",
+        DEVICE,
+        "decoder_utilization_ratio",
+    ),
+    Metric(
+        "wattier_link_read_bytes_total", "counter", "Read over the links to other GPUs.", "B", DEVICE, "link_read_bytes"
+    ),
+    Metric(
+        "wattier_link_written_bytes_total",
+        "counter",
+        "Written over the links to other GPUs.",
+        "B",
+        DEVICE,
+        "link_written_bytes",
+    ),
+    Metric("wattier_compute_units", "gauge", "Compute units there are.", "units", DEVICE, "compute_units"),
+    Metric(
+        "wattier_compute_units_busy",
+        "gauge",
+        "Compute units that processes occupy at the moment.",
+        "units",
+        DEVICE,
+        "compute_units_busy",
+    ),
 )
 
 DEVICES = (
@@ -144,6 +172,13 @@ DEVICES = (
         "Time each reason has held the clock down, as the device itself counts it.",
         "s",
         (*DEVICE, "reason"),
+    ),
+    Metric(
+        "wattier_block_errors_total",
+        "counter",
+        "Errors by block of the device since the driver loaded: corrected, uncorrected or deferred.",
+        "errors",
+        (*DEVICE, "block", "kind"),
     ),
     Metric(
         "wattier_throttle_events_total",
@@ -304,7 +339,7 @@ def document() -> str:
 
 _HEAD = """# Metrics
 
-<!-- Made by: python -m wattier_telemetry.exporter.metrics > docs/metrics.md -->
+<!-- Made by: python -W ignore -m wattier_telemetry.exporter.metrics > docs/metrics.md -->
 
 What `wattier-telemetry serve` shows at `/metrics`, and pushes. Units are Prometheus' base units. A figure that a device
 cannot give has no series; one that has not answered for 5 s (or 5 periods, if that is longer) loses all but

@@ -17,7 +17,7 @@ from wattier_telemetry.exporter.attribution import Key
 from wattier_telemetry.exporter.metrics import Labels, Metric, Point, label
 from wattier_telemetry.exporter.series import Node, version
 from wattier_telemetry.exporter.watched import Watched
-from wattier_telemetry.records import Device, Reading
+from wattier_telemetry.records import Device, ErrorCounts, Reading
 
 JOB_FILE_VARIABLE = "WATTIER_OMNISTAT_JOB_FILE"
 DEFAULT_JOB_FILE = "/tmp/omni_rmsjobinfo"  # where its prolog writes it
@@ -25,6 +25,8 @@ SCHEMA = "1.0"
 _CARD = ("card",)
 _SOURCE, _PLACE = ("card", "source"), ("card", "location")
 _JOB = ("jobid", "user", "partition", "nodes", "batchflag", "jobstep", "type")
+RAS_BLOCKS = ("umc", "sdma", "gfx", "mmhub", "athub", "pcie_bif", "hdp", "xgmi_wafl")
+RAS_KINDS = ("correctable", "uncorrectable", "deferred")
 _HEAT = ("thermal", "thrm", "temperature", "prochot")
 
 
@@ -51,8 +53,16 @@ METRICS: tuple[Metric, ...] = (
     _gauge("rocm_temperature_celsius", "Hottest core sensor.", "degrees Celsius", _PLACE),
     _gauge("rocm_temperature_memory_celsius", "Hottest memory sensor.", "degrees Celsius", _PLACE),
     _gauge("rocm_power_cap_watts", "Power cap in force.", "W"),
-    _gauge("rocm_ras_umc_correctable_count", "Memory errors corrected.", "errors"),
-    _gauge("rocm_ras_umc_uncorrectable_count", "Memory errors that could not be corrected.", "errors"),
+    *(
+        _gauge(f"rocm_ras_{block}_{kind}_count", f"Errors of the block {block}: {kind}.", "errors")
+        for block in RAS_BLOCKS
+        for kind in RAS_KINDS
+    ),
+    _gauge("rocm_num_compute_units", "Compute units there are.", "CUs"),
+    _gauge("rocm_compute_unit_occupancy", "Compute units that processes occupy.", "CUs"),
+    _gauge("rocm_xgmi_total_read_kilobytes", "Read over the links to other GPUs.", "KB"),
+    _gauge("rocm_xgmi_total_write_kilobytes", "Written over the links to other GPUs.", "KB"),
+    _gauge("rocm_average_decoder_utilization_percentage", "Share of time the video decoders were busy.", "%"),
     _gauge("rocm_throttle_events", "Times a thermal reason was seen to begin.", "events"),
     _gauge("rmsjob_info", "The job on this node; all labels empty when there is none.", "1", _JOB),
     _gauge(
@@ -70,11 +80,8 @@ of the node. `rmsjob_info` comes from Omnistat's job file (`{DEFAULT_JOB_FILE}`,
 started. Pushed series carry `instance` (the host) as Omnistat's do; they carry no `user`."""
 
 NOT_EXPOSED = """
-Not exposed, for Wattier does not read them: `rocm_num_compute_units`, `rocm_compute_unit_occupancy` (CU occupancy),
-`rocm_xgmi_total_{read,write}_kilobytes`, `rocm_average_decoder_utilization_percentage`, the RAS counts of blocks other
-than `umc` and all deferred ones; and the series of other collectors: `omnistat_host_*`, `omnistat_network_*`,
-`omnistat_vendor_*` (Wattier's source `cray` has these joules), `omnistat_hardware_counter`, `omnistat_kernel_*`,
-`omnistat_fom`, `omnistat_perf_*`.
+Not exposed are the series of other collectors: `omnistat_host_*`, `omnistat_network_*`, `omnistat_vendor_*` (Wattier's
+source `cray` has these joules), `omnistat_hardware_counter`, `omnistat_kernel_*`, `omnistat_fom`, `omnistat_perf_*`.
 """
 
 
@@ -154,13 +161,27 @@ def _measured(watched: Watched, reading: Reading, card: Labels) -> Iterator[Poin
         ("rocm_temperature_celsius", core, reading.temperature_celsius),
         ("rocm_temperature_memory_celsius", memory, reading.memory_temperature_celsius),
         ("rocm_power_cap_watts", card, reading.power_limit_watts),
-        ("rocm_ras_umc_correctable_count", card, reading.ecc_corrected),
-        ("rocm_ras_umc_uncorrectable_count", card, reading.ecc_uncorrected),
+        ("rocm_num_compute_units", card, reading.compute_units),
+        ("rocm_compute_unit_occupancy", card, reading.compute_units_busy),
+        ("rocm_xgmi_total_read_kilobytes", card, _scaled(reading.link_read_bytes, 1 / 1024)),
+        ("rocm_xgmi_total_write_kilobytes", card, _scaled(reading.link_written_bytes, 1 / 1024)),
+        ("rocm_average_decoder_utilization_percentage", card, _scaled(reading.decoder_utilization_ratio, 100)),
+        *_errors(reading, card),
     )
     yield from (Point(name, labels, value) for name, labels, value in rows if value is not None)
     if reading.throttle_reasons is not None or reading.throttle_seconds is not None:
         events = sum(count for reason, count in watched.events.items() if any(word in reason for word in _HEAT))
         yield Point("rocm_throttle_events", card, events)
+
+
+def _errors(reading: Reading, card: Labels) -> Iterator[tuple[str, Labels, float | None]]:
+    """Yield errors by block; a device that does not tell blocks apart counts errors of its memory."""
+    blocks = reading.errors_by_block
+    if blocks is None:
+        blocks = {"umc": ErrorCounts(reading.ecc_corrected, reading.ecc_uncorrected, None)}
+    for block in RAS_BLOCKS:
+        for kind, count in zip(RAS_KINDS, blocks.get(block, ()), strict=False):
+            yield f"rocm_ras_{block}_{kind}_count", card, count
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

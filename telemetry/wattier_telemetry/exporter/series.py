@@ -25,6 +25,7 @@ from wattier_telemetry.exporter.metrics import (
     label,
 )
 from wattier_telemetry.exporter.watched import Watched
+from wattier_telemetry.records import Reading
 from wattier_telemetry.registration import TrialRegistration
 
 
@@ -110,6 +111,13 @@ def _standing(watched: Watched, *, fresh: bool) -> Iterator[Point]:
     yield Point("wattier_read_errors_total", (*watched.uuid, watched.labels[3]), watched.errors)
 
 
+def _errors(reading: Reading, labels: Labels) -> Iterator[Point]:
+    for block, counts in (reading.errors_by_block or {}).items():
+        for kind, count in counts._asdict().items():
+            if count is not None:
+                yield Point("wattier_block_errors_total", (*labels, ("block", label(block)), ("kind", kind)), count)
+
+
 def _reading(watched: Watched) -> Iterator[Point]:
     reading, labels = watched.reading, watched.labels
     if reading is None:
@@ -132,6 +140,7 @@ def _reading(watched: Watched) -> Iterator[Point]:
             yield Point("wattier_throttle_events_total", (*labels, ("reason", label(reason))), events)
     for reason, seconds in (reading.throttle_seconds or {}).items():
         yield Point("wattier_throttled_seconds_total", (*labels, ("reason", label(reason))), seconds)
+    yield from _errors(reading, labels)
 
 
 def _shares(watched: Watched, node: Node) -> Iterator[Point]:

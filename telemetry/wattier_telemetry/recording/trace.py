@@ -25,9 +25,8 @@ from urllib.parse import quote, unquote
 
 from wattier_telemetry.records import DOMAINS, METHODS, Device, Reading
 
-FIGURES = tuple(
-    item.name for item in fields(Reading) if item.name not in ("time_seconds", "throttle_reasons", "throttle_seconds")
-)
+_NO_FIGURES = ("time_seconds", "throttle_reasons", "throttle_seconds", "errors_by_block")
+FIGURES = tuple(item.name for item in fields(Reading) if item.name not in _NO_FIGURES)
 _DEVICE_TEXTS = ("name", "domain", "method", "package_uuid")
 _DEVICE_NUMBERS = ("counter_refresh_seconds", "power_average_seconds")
 _HEAD = ("time_seconds", "device", "source", *_DEVICE_TEXTS, *_DEVICE_NUMBERS, "trials")
@@ -221,9 +220,10 @@ def _sample(where: str, row: Mapping[str, Any], known: dict[str, Device]) -> Sam
         raise TraceError(f"{where}: device is empty")
     device = known.get(uuid) or _device(where, uuid, row, numbers, len(known))
     known[uuid] = device
+    figures: dict[str, Any] = {name: numbers.get(name) for name in FIGURES}
     reading = Reading(
         now,
-        **{name: numbers.get(name) for name in FIGURES},
+        **figures,
         throttle_reasons=_listed(_text(where, row, "throttle_reasons"), str),
         throttle_seconds=_throttle_seconds(where, _text(where, row, "throttle_seconds")),
     )

@@ -31,6 +31,7 @@ from wattier_telemetry.sources.amd_binding import (
     raw_metrics,
     word,
 )
+from wattier_telemetry.sources.amd_engines import Engines
 from wattier_telemetry.sources.amd_throttle import Throttling
 from wattier_telemetry.sources.amd_visible import Candidate, hip_order, visible
 
@@ -51,6 +52,7 @@ class _Die:
     device: Device
     handle: Any
     meter: Any
+    engines: Engines
     parts: int = 1  # among so many dies the meter's figures are divided
     throttling: Throttling = field(default_factory=Throttling)
     limits: tuple[float, float | None, float | None] | None = None  # when they were read, cap and highest cap in W
@@ -115,6 +117,7 @@ class AmdSource(PowerSource):
             power_limit_max_watts=_limits_watts(smi, die)[1],
             ecc_corrected=number(errors.get("correctable_count")),
             ecc_uncorrected=number(errors.get("uncorrectable_count")),
+            **die.engines.look(raw_metrics(smi, handle), self.busy_by_pid(device)),
         )
 
     def read_energy(self, device: Device) -> Reading:
@@ -236,7 +239,7 @@ def _described(smi: ModuleType, candidate: Candidate, meter: tuple[int, int], uu
         vbios_version=word(vbios.get("version")) or word(vbios.get("part_number")),
         serial=word(board.get("product_serial")) or word(asic.get("asic_serial")),
     )
-    return _Die(device, handle, meter_handle, parts)
+    return _Die(device, handle, meter_handle, Engines(smi, handle), parts)
 
 
 def _energy_joules(smi: ModuleType, handle: Any) -> float | None:

@@ -10,6 +10,10 @@
  *   hip, node, bus         position in HIP's order (none: an older ROCm), kernel node, PCI bus
  *   edge, hotspot, vram, hbm0..3   degrees Celsius of the sensors there are
  *   gfx_clock, mem_clock, gfx_busy, umc_busy, vram_used, vram_total (MB), cap, cap_max (W), ecc_corrected, ecc_uncorrected
+ *   ras                    correctable errors of the first block (umc); each further one has one more, and ten and a
+ *                          hundred times as many uncorrectable and deferred ones; na: no block tells
+ *   vcn, mm                per cent of the decoders' time, on MI300 and before; xgmi_read, xgmi_write: KB on each of two
+ *                          links; units: compute units
  *   bits                   indep_throttle_status, as strtoull reads it
  *   ppt, socket, vr, hbm, prochot   share of the firmware's ticks (rate=1000 a second) under each limit, since `from`
  *   pids                   processes and per cents of the compute units: 4711:40,4712:25 */
@@ -132,6 +136,16 @@ int amdsmi_get_gpu_total_ecc_count(void *handle, amdsmi_error_count_t *count) {
   count->uncorrectable_count = figure(d, "ecc_uncorrected", 0, 1, UINT64_MAX);
   return OK;
 }
+int amdsmi_get_gpu_ecc_count(void *handle, uint64_t block, amdsmi_error_count_t *count) {
+  DIE(handle);
+  double first = scenario_number(d, "ras", NAN);
+  if (isnan(first)) return NOT_SUPPORTED;
+  memset(count, 0, sizeof *count);
+  count->correctable_count = (uint64_t)(first + __builtin_ctzll(block));
+  count->uncorrectable_count = 10 * count->correctable_count;
+  count->deferred_count = 100 * count->correctable_count;
+  return OK;
+}
 
 static uint64_t residency(int d, const char *key, double ticks, double rate) {
   double share = scenario_number(d, key, 0), since = scenario_number(d, "from", 0) * rate;
@@ -142,6 +156,12 @@ int amdsmi_get_gpu_metrics_info(void *handle, amdsmi_gpu_metrics_t *metrics) {
   memset(metrics, 0xFF, sizeof *metrics);
   const char *bits = scenario_text(d, "bits");
   if (bits) metrics->indep_throttle_status = strtoull(bits, NULL, 0);
+  if (scenario_text(d, "vcn")) metrics->vcn_activity[0] = metrics->vcn_activity[1] = (uint16_t)scenario_number(d, "vcn", 0);
+  if (scenario_text(d, "mm")) metrics->average_mm_activity = (uint16_t)scenario_number(d, "mm", 0);
+  for (int link = 0; link < 2 && scenario_text(d, "xgmi_read"); link++) {
+    metrics->xgmi_read_data_acc[link] = (uint64_t)scenario_number(d, "xgmi_read", 0);
+    metrics->xgmi_write_data_acc[link] = (uint64_t)scenario_number(d, "xgmi_write", 0);
+  }
   double rate = scenario_number(d, "rate", 0), ticks = floor(scenario_now() * rate);
   if (rate > 0) {
     metrics->accumulation_counter = (uint64_t)ticks;
@@ -204,6 +224,7 @@ int amdsmi_get_gpu_asic_info(void *handle, amdsmi_asic_info_t *info) {
   memset(info, 0, sizeof *info);
   copy_word(d, "name", "AMD_Instinct_MI250X", info->market_name);
   copy_word(d, "gfx", "90a", gfx);
+  info->num_of_compute_units = (uint32_t)scenario_number(d, "units", UINT32_MAX);
   info->target_graphics_version = strtoull(gfx, NULL, 16);
   if (!is(d, "asic", "none")) serial_of(d, info->asic_serial);
   return OK;
