@@ -290,9 +290,7 @@ class TestStart:
 class TestTable:
     def test_document_is_current(self):
         path = Path(__file__).parents[2] / "docs" / "metrics.md"
-        assert path.read_text() == document(), (
-            "its first lines say how it is made"
-        )
+        assert path.read_text() == document(), "its first lines say how it is made"
 
     def test_names_follow_prometheus(self):
         names = [metric.name for metric in METRICS]
