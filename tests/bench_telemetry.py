@@ -49,7 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         simulate(Path(folder))
         source = NvmlSource()
-        cost(source)
+        cost(source, "scraped alone", [])
+        cost(source, "pushing", [Times()])
         for period in (1.0, 0.1, 0.01):
             jitter(source, period)
         scrapes(source, Path(folder))
@@ -70,17 +71,16 @@ def simulate(folder: Path) -> None:
     write_scenario(folder / "scenario", *(SimulatedDevice(700, 100, 1.0) for _ in range(GPUS)))
 
 
-def cost(source: NvmlSource) -> None:
-    """CPU time of a sampler at 1 Hz, all metrics of all GPUs, given to a sink; idle turns of its threads too."""
-    sink = Times()
-    sampler = Sampler([source], period_seconds=1.0, sinks=[sink])
+def cost(source: NvmlSource, how: str, sinks: list[Times]) -> None:
+    """CPU time of a sampler at 1 Hz, all metrics of all GPUs, idle turns of its threads included."""
+    sampler = Sampler([source], period_seconds=1.0, sinks=sinks)
     sampler.start()
     time.sleep(2.0)
     begin, cpu = time.monotonic(), time.process_time()
     time.sleep(3 * SECONDS)
     share = (time.process_time() - cpu) / (time.monotonic() - begin)
     sampler.close()
-    print(f"at 1 Hz: {share:.3%} of one core")
+    print(f"at 1 Hz, {how}: {share:.3%} of one core")
 
 
 def jitter(source: NvmlSource, period: float) -> None:

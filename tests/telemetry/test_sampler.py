@@ -283,9 +283,12 @@ class TestBilling:
         until(lambda: pick(points(sampler), "wattier_accounted_energy_joules_total", uuid="good")[0] > 20)
         assert pick(points(sampler), "wattier_accounted_energy_joules_total", uuid="bad")[0] > 10  # by its power
 
-    def test_a_module_that_holds_other_gpus_is_no_card(self, tmp_path):
-        sampler = Sampler([ScriptedSource("amd", a=1.0, b=1.0), ScriptedSource("cray", c=1.0)], registry=tmp_path)
-        assert [watched.card for watched in sampler.watched] == [0, 1, None]
+    def test_a_module_that_holds_other_gpus_is_not_counted_beside_them(self, tmp_path):
+        amd, cray = ScriptedSource("amd", a=1.0, b=1.0), ScriptedSource("cray", c=1.0)
+        both = Sampler([amd, cray], registry=tmp_path)
+        assert [(watched.device.uuid, watched.card) for watched in both.watched] == [("a", 0), ("b", 1)]
+        alone = Sampler([cray], registry=tmp_path)
+        assert [(watched.device.uuid, watched.card) for watched in alone.watched] == [("c", None)]
 
     def test_long_names_are_cut(self, tmp_path, register):
         register("x" * 500)

@@ -87,13 +87,16 @@ class Sampler:
     def _make_lanes(self, sources: Sequence[PowerSource]) -> list[Lane]:
         lanes, card, known = [], 0, set()
         longest_gap = max(1.0, STALE_PERIODS * self.period_seconds)
+        measured = {device.domain for source in sources if source.name != "cray" for device in source.devices()}
         for source in sources:
             watches = []
             for device in source.devices():
-                if device.uuid in known:  # two sources that see one device must not bill it twice
+                # Two sources that see one device must not bill it twice; and Cray's counters of the processors, memory
+                # and accelerators hold the very devices that others list.
+                if device.uuid in known or (source.name == "cray" and device.domain in measured):
                     continue
                 known.add(device.uuid)
-                gpu = device.domain == "gpu" and source.name != "cray"  # whose modules hold GPUs that others list
+                gpu = device.domain == "gpu" and source.name != "cray"  # a module is no card: it may hold two
                 account = Account(device, device.method, longest_gap_seconds=longest_gap)
                 watches.append(Watched(device, source.name, card if gpu else None, account))
                 card += gpu
