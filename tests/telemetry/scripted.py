@@ -47,3 +47,27 @@ class ScriptedSource(PowerSource):
 
     def close(self):
         self.gate.set()
+
+
+class OneDevice(PowerSource):
+    """One device of a source, so that each has a meter of its own."""
+
+    name = "one device"
+
+    def __init__(self, source, index):
+        self._source, self._device = source, source.devices()[index]
+
+    def devices(self):
+        return (self._device,)
+
+    def read(self, device) -> Reading:
+        return self._source.read(device)
+
+    def read_energy(self, device) -> Reading:
+        return self._source.read_energy(device)
+
+    def busy_by_pid(self, device):
+        return self._source.busy_by_pid(device)
+
+    def close(self):
+        pass

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 
 import pytest
 from scenario import SimulatedDevice
+from scripted import OneDevice
 
-from wattier_telemetry import EnergyMeter, Reading
-from wattier_telemetry.source import PowerSource
+from wattier_telemetry import EnergyMeter
 from wattier_telemetry.sources.nvml import NvmlSource
 
 LONG_SECONDS = 20.0
@@ -29,30 +29,6 @@ HARD = {  # name: device; every one must be right within 0.5 % over 20 s
     "averaged power only": SimulatedDevice(700, 100, 1.0, {"instant": "na"}),
     "slow power": SimulatedDevice(700, 100, 1.0, {"power_refresh": 0.1}),
 }
-
-
-class OneDevice(PowerSource):
-    """One device of a source, so that each has a meter of its own."""
-
-    name = "one device"
-
-    def __init__(self, source, index):
-        self._source, self._device = source, source.devices()[index]
-
-    def devices(self):
-        return (self._device,)
-
-    def read(self, device) -> Reading:
-        return self._source.read(device)
-
-    def read_energy(self, device) -> Reading:
-        return self._source.read_energy(device)
-
-    def busy_by_pid(self, device):
-        return self._source.busy_by_pid(device)
-
-    def close(self):
-        pass
 
 
 class Polling:

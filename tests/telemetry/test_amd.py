@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 from contract import PowerSourceContract
 from scenario import SimulatedDevice, write_scenario
+from scripted import OneDevice
 
 from wattier_telemetry import EnergyMeter, SourceUnavailable, open_source
-from wattier_telemetry.source import PowerSource
 from wattier_telemetry.sources.amd import AmdSource
 from wattier_telemetry.sources.amd_throttle import Throttling, reasons_of_bits
 
@@ -585,7 +585,7 @@ def test_meters_of_two_trials_on_the_dies_of_a_package_add_up_to_it(play):
     wave = {**MI250X, "refresh": 0.1}
     dies = [SimulatedDevice(500, 150, 5.0, {**wave, **extra}) for extra in ({}, {"silent": 1})]
     source = play(*dies)
-    meters = [EnergyMeter(one) for one in (Only(source, 0), Only(source, 1))]
+    meters = [EnergyMeter(OneDevice(source, i)) for i in range(2)]
     for meter in meters:
         meter.__enter__()
     time.sleep(20.0)
@@ -598,21 +598,3 @@ def test_meters_of_two_trials_on_the_dies_of_a_package_add_up_to_it(play):
         assert share.joules == pytest.approx(truth, rel=0.005)
         assert share.joules_low <= truth <= share.joules_high
         assert (share.fraction, share.attribution, share.method) == (1, "whole", "counter")
-
-
-class Only(PowerSource):
-    """One die of a source, as a process sees it whose mask leaves no other."""
-
-    name = "one die"
-
-    def __init__(self, source, index):
-        self._source, self._device = source, source.devices()[index]
-
-    def devices(self):
-        return (self._device,)
-
-    def read(self, device):
-        return self._source.read(device)
-
-    def close(self):
-        pass
