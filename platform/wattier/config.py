@@ -254,7 +254,7 @@ class TelemetrySection(Section):
 
     source: PathText = "auto"
     rated_watts_per_core: PositiveFloat | None = None
-    interval_seconds: PositiveFloat = 0.1
+    interval_seconds: PositiveFloat = 0.05
     throttled_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     exporter: bool = False
     exporter_address: str = "127.0.0.1"

@@ -19,6 +19,7 @@ _SPARSE_SECONDS, _SPARSE_READINGS = 0.5, 600
 _DISTRUST_RATIO, _DOUBT_RATIO = 2.0, 1.3
 _COARSE_SECONDS = 0.01  # a counter that is refreshed more often needs no care at the edges
 _RECENT_SECONDS = 1.0
+_DENSE_SECONDS = 0.065  # between two samples: the meter's own interval and its jitter
 
 
 class Account:
@@ -240,7 +241,7 @@ class Account:
                 span = self._pending
                 span.add(step.part(step.seconds - gap / 2))
             self._pending = step.part(gap / 2)
-            self._integrate(self._with_recent_rate(span), uncovered_seconds=step.seconds)
+            self._integrate(self._without_counter(span, step.seconds), uncovered_seconds=step.seconds)
             return
         self._methods.add(self._source_method)
         self.covered_seconds += step.seconds
@@ -283,15 +284,19 @@ class Account:
             if not pending.known:
                 self.power_watts = rate
 
-    def _with_recent_rate(self, span: PowerIntegral) -> PowerIntegral:
-        """Return a span whose energy is half what was sampled in it and half what the counter lately said.
+    def _without_counter(self, span: PowerIntegral, gap_seconds: float) -> PowerIntegral:
+        """Return a span that the counter does not tell; when its ticks were is known up to a gap.
 
-        Samples are the better guess for a load that changes slowly, the mean for one that changes between them.
+        Dense samples tell it best. Sparse ones miss what changes between them, so half of what the counter lately said
+        is put in their place.
         """
         if not span.known or self._recent_watts is None:
             return span
         usual = self._recent_watts * span.seconds
-        slack = span.slack_joules + abs(usual - span.joules) / 2
+        slack = span.slack_joules + gap_seconds * self._swing_watts()
+        if gap_seconds <= _DENSE_SECONDS:
+            return PowerIntegral(span.seconds, span.joules, slack, span.coarse_seconds)
+        slack += abs(usual - span.joules) / 2
         return PowerIntegral(span.seconds, (span.joules + usual) / 2, slack, span.coarse_seconds)
 
     def _integrate(self, span: PowerIntegral, *, uncovered_seconds: float | None = None) -> None:

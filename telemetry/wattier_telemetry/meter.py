@@ -69,7 +69,7 @@ class EnergyMeter:
         *,
         journal: Path | None = None,
         fraction: float = 1.0,
-        interval_seconds: float = 0.1,
+        interval_seconds: float = 0.05,
         synchronize: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
