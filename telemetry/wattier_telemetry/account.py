@@ -125,7 +125,7 @@ class Account:
             self._integrate(step)
         else:  # the counter did not answer this time: its next answer will hold this step too
             self._pending.add(step)
-        self._weigh(step, moved, self._fraction if fraction is None else fraction)
+        self._weigh(step, moved, fraction)
         self._throttling.add(last[1], reading, step.seconds)
 
     def fail(self, error: Exception) -> None:
@@ -253,7 +253,7 @@ class Account:
             self._book_tick(moved, PowerIntegral())
             return
         gap = min(step.seconds, self._refresh_seconds)
-        self._learn_refresh(time_seconds - gap / 2, gap, step.seconds)
+        self._learn_refresh(time_seconds - gap / 2, step.seconds)
         self._pending.add(step.part(step.seconds - gap / 2))  # the tick came somewhere in the gap: say in its middle
         if self._opening is None:
             edge_seconds = max(0.0, time_seconds - gap / 2 - (self._first_time or 0.0))
@@ -309,20 +309,25 @@ class Account:
         self.covered_seconds += seconds if seconds <= self._longest_gap_seconds else 0.0
         self._methods.add(weakest((self._source_method, "integrated")) or "integrated")
 
-    def _learn_refresh(self, tick_at: float, gap: float, seconds: float) -> None:
+    def _learn_refresh(self, tick_at: float, seconds: float) -> None:
         """Take the time between the first two ticks, if the readings were close enough to see both."""
         if self._first_tick_at is None:
             self._first_tick_at = tick_at
-        elif not self._learned and seconds <= gap:
+        elif not self._learned and seconds <= self.device.counter_refresh_seconds / 4:
             self._learned = True
             self._refresh_seconds = min(tick_at - self._first_tick_at, 2 * self.device.counter_refresh_seconds)
 
-    def _weigh(self, step: PowerIntegral, moved: float | None, fraction: float) -> None:
-        """Remember whose energy it was: the mean fraction is weighted by energy, or by time where there is none."""
+    def _weigh(self, step: PowerIntegral, moved: float | None, fraction: float | None) -> None:
+        """Remember whose energy it was: the mean fraction is weighted by energy, or by time where there is none.
+
+        A driver tells only a moment after work begins: what comes before its first answer takes the mean of the rest.
+        """
+        if fraction is None and self._weights == 0:
+            return
         weight = step.joules if step.known else max(0.0, moved or 0.0)
         weight = weight or 1e-12 * step.seconds
         self._weights += weight
-        self._weighted += weight * fraction
+        self._weighted += weight * (self._fraction if fraction is None else fraction)
 
     def _see_power(self, reading: Reading) -> None:
         if reading.power_limit_watts is not None:

@@ -24,8 +24,8 @@ HARD = {  # name: device; every one must be right within 0.5 % over 20 s
     "1 Hz": SimulatedDevice(700, 100, 1.0),
     "5 Hz": SimulatedDevice(700, 100, 5.0),
     "20 Hz": SimulatedDevice(700, 100, 20.0),
-    "reset": SimulatedDevice(600, 300, 1.0, {"reset": 9.63}),
-    "backward": SimulatedDevice(600, 300, 5.0, {"backward": 12.31, "by": 212}),
+    "reset": SimulatedDevice(600, 200, 1.0, {"reset": 9.63}),
+    "backward": SimulatedDevice(600, 200, 5.0, {"backward": 12.31, "by": 212}),
     "averaged power only": SimulatedDevice(700, 100, 1.0, {"instant": "na"}),
     "slow power": SimulatedDevice(700, 100, 1.0, {"power_refresh": 0.1}),
 }
@@ -207,7 +207,7 @@ def test_two_trials_on_one_gpu_are_told_apart_where_the_driver_can(simulated_nvm
         reports = [window.close() for window in windows]
     truths = [window.true_joules(device) for window in windows]
     for report, truth, part in zip(reports, truths, (0.75, 0.5, 0.25), strict=True):
-        assert report.joules == pytest.approx(part * truth, rel=0.05)
+        assert report.joules == pytest.approx(part * truth, rel=0.02)
     assert [report.shares[0].attribution for report in reports] == ["utilization", "equal", "equal"]
 
 
