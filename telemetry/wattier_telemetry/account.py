@@ -50,7 +50,8 @@ class Account:
         # Edges: the first and the last refresh interval of the window.
         self._refresh_seconds = device.counter_refresh_seconds
         self._learned = False  # whether the refresh time was measured
-        self._first_tick_at: float | None = None
+        self._refresh_error_seconds = 0.0  # how wrong the measured one may be: its two ticks were seen late
+        self._close_tick: tuple[float, float] | None = None  # time of the latest tick, if seen closely, and its gap
         self._opening: Edge | None = None
         self._closing: Edge | None = None
         self._end_can_be_cut = False
@@ -309,13 +310,15 @@ class Account:
         self.covered_seconds += seconds if seconds <= self._longest_gap_seconds else 0.0
         self._methods.add(weakest((self._source_method, "integrated")) or "integrated")
 
-    def _learn_refresh(self, tick_at: float, seconds: float) -> None:
-        """Take the time between the first two ticks, if the readings were close enough to see both."""
-        if self._first_tick_at is None:
-            self._first_tick_at = tick_at
-        elif not self._learned and seconds <= self.device.counter_refresh_seconds / 4:
-            self._learned = True
-            self._refresh_seconds = min(tick_at - self._first_tick_at, 2 * self.device.counter_refresh_seconds)
+    def _learn_refresh(self, tick_at: float, gap_seconds: float) -> None:
+        """Take the time between the first two neighbouring ticks whose readings were close enough to see both."""
+        before, longest = self._close_tick, self.device.counter_refresh_seconds
+        self._close_tick = (tick_at, gap_seconds) if gap_seconds <= longest / 4 else None
+        if self._learned or before is None or self._close_tick is None:
+            return
+        self._learned = True
+        self._refresh_seconds = min(tick_at - before[0], 2 * longest)
+        self._refresh_error_seconds = (gap_seconds + before[1]) / 2
 
     def _weigh(self, step: PowerIntegral, moved: float | None, fraction: float | None) -> None:
         """Remember whose energy it was: the mean fraction is weighted by energy, or by time where there is none.
@@ -415,13 +418,14 @@ class Account:
         power field, so it is billed; where power swings, the second bounds how wrong it is.
         """
         refresh, seconds = self._refresh_seconds, edge.seconds
-        even = edge.gap_seconds < refresh and seconds <= refresh
+        doubt = edge.gap_seconds / 2 + self._refresh_error_seconds  # one that looks longer than a refresh by so little
+        even = edge.gap_seconds < refresh and seconds <= refresh + doubt  # is one: no tick was missed
         whole = refresh if even else max(refresh, seconds + refresh / 2)  # time in which the tick's joules were spent
         estimate = edge.tick_joules * min(1.0, seconds / whole)
         rate = edge.tick_joules / whole
         swing = max(self._swing_watts(), 0.0)
         error = seconds * max(0.0, whole - seconds) / whole * swing
-        error += edge.gap_seconds / 2 * max(rate, self._highest_watts)
+        error += doubt * max(rate, self._highest_watts)
         if not even:
             error += refresh / 2 * max(rate, self._highest_watts)
         if edge.power.known and self.device.power_average_seconds <= refresh:

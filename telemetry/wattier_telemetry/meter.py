@@ -274,8 +274,8 @@ class _Owners:
         self._source = source
         self._fraction = fraction
         self._told: set[str] = set()  # devices that have told, at least once
-        self._processes: frozenset[int] = frozenset()
-        self._next_scan = 0.0
+        self._is_own: dict[int, bool] = {}  # by process id, for a second: a number may be given to another process
+        self._forget_at = 0.0
 
     def fraction_of(self, device: Device) -> float | None:
         """Return the part of a device, or None where it is what the meter was told."""
@@ -289,8 +289,7 @@ class _Owners:
         if total <= 0 or not any(psutil.pid_exists(pid) for pid in busy):  # pids of another namespace mean nothing
             return None
         self._told.add(device.uuid)
-        own = self._own()
-        return sum(ratio for pid, ratio in busy.items() if pid in own) / total
+        return sum(ratio for pid, ratio in busy.items() if self._owns(pid)) / total
 
     def attribution_of(self, device: Device) -> Attribution:
         """Return how the part of a device is known."""
@@ -298,13 +297,16 @@ class _Owners:
             return "whole"
         return "utilization" if device.uuid in self._told else "equal"
 
-    def _own(self) -> frozenset[int]:
+    def _owns(self, pid: int) -> bool:
+        """Tell whether a process is this one or a descendant; its ancestors are few, all processes may be thousands."""
         now = time.monotonic()
-        if now >= self._next_scan:
-            self._next_scan = now + 1.0
+        if now >= self._forget_at:
+            self._forget_at = now + 1.0
+            self._is_own.clear()
+        if pid not in self._is_own:
             try:
-                children = psutil.Process().children(recursive=True)
-            except psutil.Error:
-                children = []
-            self._processes = frozenset((os.getpid(), *(child.pid for child in children)))
-        return self._processes
+                family = (pid, *(parent.pid for parent in psutil.Process(pid).parents()))
+            except psutil.Error:  # gone, or of another namespace
+                family = (pid,)
+            self._is_own[pid] = os.getpid() in family
+        return self._is_own[pid]
