@@ -33,7 +33,8 @@ class Store:
 
     Attributes:
         meta: sources, cutoff_angstrom, energy_scale_ev, mean_neighbors, groups, keys.
-        numbers uint8 [N], positions float64 [N, 3], energy float64 [B] (total, eV), references float64 [S, 119] ...
+        numbers uint8 [N], positions float64 [N, 3], energy float64 [B] (total, eV), references float64 [S, 119],
+        n_atoms and n_edges int64 [B] ...
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,7 +60,7 @@ class Store:
         self.forces, self.force_mask = arrays["forces"], arrays["force_mask"]
         self.atom_offset, self.edge_offset = arrays["atom_offset"], arrays["edge_offset"]
         self.source_index, self.split, self.references = arrays["source_index"], arrays["split"], arrays["references"]
-        self.n_atoms = np.diff(self.atom_offset)
+        self.n_atoms, self.n_edges = np.diff(self.atom_offset), np.diff(self.edge_offset)
 
     def __len__(self) -> int:
         return len(self.source_index)
@@ -82,6 +83,10 @@ class Store:
     def batch(self, indices: Any) -> Batch:
         """Join the structures at `indices` (int64 [B]) into one batch."""
         return join(self._arrays, indices, self.energy[indices] - self.baseline_ev(indices))
+
+    def batch_of(self, parts: Sequence[Any], rank: int) -> Batch:
+        """This rank's batch of a step, given every rank's indices: a store that is spread over ranks needs them all."""
+        return self.batch(parts[rank])
 
 
 def join(arrays: Mapping[str, Any], indices: Any, energy_ev: Any) -> Batch:

@@ -20,6 +20,17 @@ class ShardError(DataError):
     """One file cannot be read to its end: it is truncated or laid out differently; other files may be fine."""
 
 
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """One record of a file that cannot be used; the records after it may be fine.
+
+    Attributes:
+        message: where it is, what it is, what it must be, what to do; one line.
+    """
+
+    message: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:
     """Atoms with the energy and the forces somebody computed for them.

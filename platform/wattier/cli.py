@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wattier.data_cli import data_app
+
 if TYPE_CHECKING:
     from wattier.config import RunConfig
     from wattier.console import RunConsole
@@ -35,6 +37,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at configs: defaults filled in, the schema, model sizes.")
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 Target = Annotated[
     Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML config, or the run directory that one made.")
