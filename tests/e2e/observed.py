@@ -1,7 +1,8 @@
-"""A witness of the energy ledger that shares no code with it: it watches how long each rank is under the meter.
+"""A witness of the energy ledger that shares no arithmetic with it: it clocks how long each rank works under the meter.
 
-Each call of the trial writes the first and the last moment at which its journal was open, every two milliseconds, into
-a file of its own; a SIGKILL leaves the last stamp behind.
+From the moment the meter is open to the moment it is told to close, each rank's witness writes first and last moment
+into a file of its own every two milliseconds; a SIGKILL leaves the last stamp behind. The meter's own opening and
+closing lie outside: what is billed must never be less than what the witness saw.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import wattier.run
+import wattier.trial
+from wattier.metering import metered
 from wattier.records import TrialResult
 from wattier.trial import TrialContext, run_trial
 
@@ -23,16 +30,8 @@ PERIOD_SECONDS = 0.002
 
 def observed_run_trial(context: TrialContext) -> TrialResult | None:
     """The real trial, with a witness beside it."""
-    pattern = f"*rank{context.world.rank}.energy.json"
-    before = set(context.folder.glob(pattern))
-    over = threading.Event()
-    witness = threading.Thread(target=_watch, args=(context.folder, pattern, before, over), daemon=True)
-    witness.start()
-    try:
+    with mock.patch.object(wattier.trial, "metered", _witnessed):
         return run_trial(context)
-    finally:
-        over.set()
-        witness.join()
 
 
 def observed_seconds(folder: Path) -> float:
@@ -41,19 +40,32 @@ def observed_seconds(folder: Path) -> float:
     return sum(last - first for first, last in spans)
 
 
-def _watch(folder: Path, pattern: str, before: set[Path], over: threading.Event) -> None:
+@contextmanager
+def _witnessed(folder: Path, name: str, *arguments: Any, **options: Any) -> Iterator[Any]:
+    with metered(folder, name, *arguments, **options) as (meter, source):
+        if not name.startswith("rank"):  # the start-up of a process, which is no trial's
+            yield meter, source
+            return
+        over, close = threading.Event(), meter.close
+        witness = threading.Thread(target=_watch, args=(time.time(), over), daemon=True)
+        witness.start()
+
+        def close_unseen() -> None:
+            over.set()
+            witness.join()
+            close()
+
+        meter.close = close_unseen
+        yield meter, source
+
+
+def _watch(first: float, over: threading.Event) -> None:
     path = Path(os.environ["WITNESS_FOLDER"]) / f"{os.getpid()}-{time.time_ns()}.stamps"
     with path.open("wb", buffering=0) as file:
-        journal = None
-        first = 0.0
-        while not over.wait(PERIOD_SECONDS):
-            if journal is None:
-                journal = next(iter(set(folder.glob(pattern)) - before), None)
-                first = time.time()
-            elif b'"final": true' in journal.read_bytes()[:4096]:
-                return
-            else:
-                os.pwrite(file.fileno(), STAMPS.pack(first, time.time()), 0)
+        is_over = False
+        while not is_over:
+            is_over = over.wait(PERIOD_SECONDS)
+            os.pwrite(file.fileno(), STAMPS.pack(first, time.time()), 0)
 
 
 if __name__ == "__main__":
