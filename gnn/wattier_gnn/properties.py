@@ -1,0 +1,17 @@
+"""What a model promises. `tests/gnn/test_physics.py` checks each promise made, and that a promise not made is not kept."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Property = Literal[
+    "permutation",  # atoms may be listed in any order
+    "translation",  # the origin does not matter, nor by which of its images an atom of a crystal is given
+    "invariant_energy",  # the energy does not change when the structure is turned or mirrored
+    "equivariant_forces",  # forces turn with the structure
+    "conservative",  # forces are minus the gradient of the energy
+    "smooth_cutoff",  # energy and forces are continuous where a neighbour crosses the cutoff
+    "extensive",  # n cells have n times the energy of one, and what is far apart adds up
+    "batch_independent",  # what else is in the batch does not matter
+]
+PROPERTIES: frozenset[Property] = frozenset(get_args(Property))
