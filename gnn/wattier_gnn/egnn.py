@@ -8,6 +8,7 @@ aggregated messages are divided by the square root of the mean number of neighbo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class EGNNLayer(nn.Module):
         low = h.to(compute)
         to_receiver, to_sender = self.receiver(low), self.sender(low)
         if not chunks:
-            gathered, pushed, said = self._edges(to_receiver, to_sender, vectors, envelope, graph, basis, readout)
+            parts = [self._edges(to_receiver, to_sender, vectors, envelope, graph, basis, readout)]
         else:
             parts = [
                 checkpoint(
@@ -69,7 +70,7 @@ class EGNNLayer(nn.Module):
                 )
                 for atoms, edges, part in chunks
             ]  # fmt: skip
-            gathered, pushed, said = (None if p[0] is None else torch.cat(p) for p in zip(*parts, strict=True))
+        gathered, pushed, said = (_joined(column) for column in zip(*parts, strict=True))
         h = h + self.node(torch.cat([low, (gathered / norm).to(compute)], dim=1))
         if pushed is not None:
             moves = pushed / -norm
@@ -95,6 +96,11 @@ class EGNNLayer(nn.Module):
         if self.coordinate is not None:
             pushed = graph.to_receivers(vectors * (self.coordinate(messages) * envelope / (distance + 1)))
         return graph.to_receivers(messages), pushed, None if readout is None else readout(messages)
+
+
+def _joined(parts: tuple[Any, ...]) -> Any:
+    """One tensor of the chunks' tensors, or None of their None."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 class EGNN(nn.Module):
@@ -142,9 +148,7 @@ class EGNN(nn.Module):
             last = readout if layer is self.layers[-1] else None
             rest = (graph, chunks, envelope, self.basis, norm, self.compute or h.dtype, last)
             if self.checkpointing:
-                h, vectors, said = checkpoint(
-                    layer, h, vectors, *rest, use_reentrant=False, preserve_rng_state=False
-                )
+                h, vectors, said = checkpoint(layer, h, vectors, *rest, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, vectors, said = layer(h, vectors, *rest)
         return h, said

@@ -5,7 +5,9 @@ torch_geometric takes a second to import, so it is only when one of them is buil
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -68,15 +70,15 @@ class GeometricEncoder(nn.Module):
 class PNABlock(nn.Module):
     """Principal neighbourhood aggregation (Corso et al., NeurIPS 2020), with activation, without batch norm.
 
-    Minimum, maximum and standard deviation have kinks, and the mean and the scalers count neighbours: its energy jumps
-    where one crosses the cutoff. Batch norm would make a structure's energy depend on its batch.
+    Minimum and maximum have kinks where two neighbours are equally far, which in a symmetric crystal they are, and the
+    mean and the scalers count neighbours, so that the energy jumps where one crosses the cutoff. Batch norm would make
+    a structure's energy depend on its batch.
     """
 
     def __init__(self, hidden_dim: int, n_radial: int, degrees: Tensor) -> None:
         super().__init__()
-        from torch_geometric.nn import PNAConv
-
-        self.conv = PNAConv(hidden_dim, hidden_dim, PNA_AGGREGATORS, PNA_SCALERS, degrees, edge_dim=n_radial)
+        convolution = _torch_geometric("pna", "torch_geometric.nn", "PNAConv")
+        self.conv = convolution(hidden_dim, hidden_dim, PNA_AGGREGATORS, PNA_SCALERS, degrees, edge_dim=n_radial)
         self.conv.register_message_forward_hook(_summed_in_float32)
 
     def forward(self, h: Tensor, edges: Tensor, _distance: Tensor, features: Tensor) -> Tensor:
@@ -86,17 +88,14 @@ class PNABlock(nn.Module):
 
 def schnet_blocks(hidden_dim: int, n_layers: int, n_radial: int, cutoff_angstrom: float) -> list[nn.Module]:
     """Interaction blocks of SchNet (Schuett et al., NeurIPS 2017), whose filters end in a cosine at the cutoff."""
-    _require_torch_geometric("schnet")
-    from torch_geometric.nn.models.schnet import InteractionBlock
-
-    return [InteractionBlock(hidden_dim, n_radial, hidden_dim, cutoff_angstrom) for _ in range(n_layers)]
+    block = _torch_geometric("schnet", "torch_geometric.nn.models.schnet", "InteractionBlock")
+    return [block(hidden_dim, n_radial, hidden_dim, cutoff_angstrom) for _ in range(n_layers)]
 
 
 def pna_blocks(
     hidden_dim: int, n_layers: int, n_radial: int, mean_neighbors: float, degree_histogram: tuple[int, ...]
 ) -> list[nn.Module]:
     """PNA blocks; degree_histogram[k] is the number of training atoms with k neighbours, () = all with the mean."""
-    _require_torch_geometric("pna")
     degrees = torch.tensor(degree_histogram or [0] * max(1, math.floor(mean_neighbors + 0.5)) + [1])
     return [PNABlock(hidden_dim, n_radial, degrees) for _ in range(n_layers)]
 
@@ -105,9 +104,11 @@ def _summed_in_float32(_module: nn.Module, _inputs: Any, messages: Tensor) -> Te
     return messages.float() if messages.dtype == torch.bfloat16 else messages
 
 
-def _require_torch_geometric(family: str) -> None:
+def _torch_geometric(family: str, module: str, name: str) -> Any:
     try:
-        import torch_geometric  # noqa: F401
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it calls torch.jit.script when it is imported
+            return getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise DataError(
             f"model.family is '{family}', which needs torch_geometric ({error}). "

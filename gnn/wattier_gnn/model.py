@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from wattier_gnn.batch import Batch, Prediction
 from wattier_gnn.egnn import EGNN
+from wattier_gnn.families import GeometricEncoder, pna_blocks, schnet_blocks
 from wattier_gnn.heads import DirectForceHead, SourceEnergyHeads, VectorForceHead
 from wattier_gnn.ops import EdgeGraph
 from wattier_gnn.properties import PROPERTIES, Property
@@ -76,8 +77,8 @@ class ModelConfig:
         """Raises ValueError where a choice is none."""
         choices = {"family": Family, "forces": ForceMode, "energy_heads": EnergyHeads, "precision": Precision}
         for name, kind in choices.items():
-            if getattr(self, name) not in kind.__args__:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(kind.__args__)}")
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(kind))}")
 
 
 class FoundationModel(nn.Module):
@@ -113,6 +114,8 @@ class FoundationModel(nn.Module):
             broken.add("equivariant_forces")
         if self.config.family == "pna":
             broken.add("smooth_cutoff")
+            if self.config.forces == "conservative":  # the slope of a minimum jumps where another neighbour takes over
+                broken.add("continuous_forces")
         return PROPERTIES - broken
 
     def forward(self, batch: Batch) -> Prediction:
@@ -153,7 +156,7 @@ class FoundationModel(nn.Module):
         return torch.zeros_like(batch.energy).index_add(0, batch.structure_index, atomic)
 
 
-def build_encoder(config: ModelConfig) -> nn.Module:
+def build_encoder(config: ModelConfig) -> EGNN | GeometricEncoder:
     """The encoder of a family: (numbers [N], vectors [E, 3], graph, readout) -> h [N, H], readout's [E, C].
 
     Raises:
@@ -171,8 +174,6 @@ def build_encoder(config: ModelConfig) -> nn.Module:
         return EGNN(
             n_layers=config.n_layers, mean_neighbors=config.mean_neighbors, edge_chunk=config.edge_chunk, **common
         )
-    from wattier_gnn.families import GeometricEncoder, pna_blocks, schnet_blocks
-
     if config.family == "schnet":
         blocks = schnet_blocks(*shape, config.cutoff_angstrom)
     else:

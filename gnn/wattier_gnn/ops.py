@@ -54,28 +54,23 @@ class EdgeGraph:
 
     def of_receivers(self, x: Tensor) -> Tensor:
         """Each edge's receiver's row: [N, H] -> [E, H]."""
-        found: Tensor = _Gather.apply(x, self.receivers, self.all_edges, self.receiver_offsets)
-        return found
+        return _apply(_Gather, x, self.receivers, self.all_edges, self.receiver_offsets)
 
     def of_senders(self, x: Tensor) -> Tensor:
         """Each edge's sender's row: [M, H] -> [E, H]."""
-        found: Tensor = _Gather.apply(x, self.senders, self.sender_order, self.sender_offsets)
-        return found
+        return _apply(_Gather, x, self.senders, self.sender_order, self.sender_offsets)
 
     def of_pairs(self, receiver_rows: Tensor, sender_rows: Tensor) -> Tensor:
         """Each edge's receiver's row plus its sender's: [N, H], [M, H] -> [E, H], without either of them [E, H]."""
-        found: Tensor = _GatherPair.apply(receiver_rows, sender_rows, self)
-        return found
+        return _apply(_GatherPair, receiver_rows, sender_rows, self)
 
     def to_receivers(self, x: Tensor) -> Tensor:
         """Sum of the rows of each receiver's edges, in float32 at the least inside: [E, H] -> [N, H]."""
-        found: Tensor = _Sum.apply(x, self.receivers, self.all_edges, self.receiver_offsets)
-        return found
+        return _apply(_Sum, x, self.receivers, self.all_edges, self.receiver_offsets)
 
     def to_senders(self, x: Tensor) -> Tensor:
         """Sum of the rows of each sender's edges: [E, H] -> [M, H]."""
-        found: Tensor = _Sum.apply(x, self.senders, self.sender_order, self.sender_offsets)
-        return found
+        return _apply(_Sum, x, self.senders, self.sender_order, self.sender_offsets)
 
     def chunks(self, n_edges: int) -> list[tuple[slice, slice, EdgeGraph]]:
         """Atoms, edges and graph of successive ranges of receivers with at most `n_edges` edges, or one receiver."""
@@ -96,15 +91,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times weight [H, K] transposed, in the type of x."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if _pays_in_one_dnn(x, weight):
-        product: Tensor = _OneDnnLinear.apply(x, weight, bias)
-        return product
+        return _apply(_OneDnnLinear, x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x)."""
-    activated: Tensor = _SiLU.apply(x)
-    return activated
+    return _apply(_SiLU, x)
 
 
 class Linear(nn.Linear):
@@ -119,6 +112,12 @@ class SiLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return silu(x)
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    """`function.apply`, which has no types."""
+    result: Tensor = function.apply(*arguments)
+    return result
 
 
 def _offsets(ascending_or_not: Tensor, n: int) -> Tensor:
@@ -145,7 +144,7 @@ class _OneDnnLinear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]  # torch: a function's own arguments
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         return (
@@ -162,9 +161,9 @@ class _SiLU(torch.autograd.Function):
         return F.silu(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        return _SiLUSlope.apply(gradient, x)
+        return _apply(_SiLUSlope, gradient, x)
 
 
 class _SiLUSlope(torch.autograd.Function):
@@ -176,7 +175,7 @@ class _SiLUSlope(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient, x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
         """With s = sigmoid(x), f'' = s (1 - s) (2 + x (1 - 2 s))."""
         gradient, x = ctx.saved_tensors
@@ -195,8 +194,8 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return _Sum.apply(gradient, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _apply(_Sum, gradient, *ctx.saved_tensors), None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -206,8 +205,8 @@ class _Sum(torch.autograd.Function):
         return _summed(order, x, offsets)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return _Gather.apply(gradient, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _apply(_Gather, gradient, *ctx.saved_tensors), None, None, None
 
 
 class _GatherPair(torch.autograd.Function):
@@ -217,7 +216,7 @@ class _GatherPair(torch.autograd.Function):
         return F.embedding_bag(graph.pairs, torch.cat([receiver_rows, sender_rows]), mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return ctx.graph.to_receivers(gradient), ctx.graph.to_senders(gradient), None
 
 

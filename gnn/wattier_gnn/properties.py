@@ -1,4 +1,4 @@
-"""What a model promises. `tests/gnn/test_physics.py` checks each promise made, and that a promise not made is not kept."""
+"""What a model promises. The physics tests check each promise made, and that one not made is not kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ Property = Literal[
     "equivariant_forces",  # forces turn with the structure
     "conservative",  # forces are minus the gradient of the energy
     "smooth_cutoff",  # energy and forces are continuous where a neighbour crosses the cutoff
+    "continuous_forces",  # so are forces where two neighbours are equally far, as they are in symmetric crystals
     "extensive",  # n cells have n times the energy of one, and what is far apart adds up
     "batch_independent",  # what else is in the batch does not matter
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from wattier_gnn.batch import Batch, Prediction
 from wattier_gnn.model import FoundationModel
@@ -79,7 +79,8 @@ class PlainEGNN(nn.Module):
         each = torch.stack([head(h).squeeze(1) for head in self.heads], dim=1)
         source = batch.source_index[batch.structure_index]
         atomic = each.gather(1, source[:, None]).squeeze(1) * self.scales(batch)
-        return torch.zeros_like(batch.energy).index_add(0, batch.structure_index, atomic), messages, first_vectors, envelope
+        energy = torch.zeros_like(batch.energy).index_add(0, batch.structure_index, atomic)
+        return energy, messages, first_vectors, envelope
 
     def scales(self, batch: Batch) -> Tensor:
         """eV a unit, of each atom's source."""
