@@ -1,4 +1,4 @@
-"""The few operations that take a model's time, each with the first and second derivatives that suit it.
+"""The few operations that take a model's time, each with the derivatives that suit it.
 
 On a CPU, sums over neighbours go through ``embedding_bag``, which reads each row once; a gather's derivative is such a
 sum over edges sorted by atom. All of it runs on any device.
@@ -175,16 +175,17 @@ class _SiLUSlope(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradient, x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
-        """With s = sigmoid(x), f'' = s (1 - s) (2 + x (1 - 2 s))."""
+        """With s = sigmoid(x), f' = s (1 + x (1 - s)) and f'' = s (1 - s) (2 + x (1 - 2 s))."""
         gradient, x = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        if torch.is_grad_enabled():  # somebody wants yet another derivative
+            return outer * s * (1 + x * (1 - s)), outer * gradient * s * (1 - s) * (2 + x * (1 - 2 * s))
         for_gradient = torch.ops.aten.silu_backward(outer, x) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return for_gradient, None
-        sigmoid = torch.sigmoid(x)
-        curved = torch.ops.aten.sigmoid_backward(outer * gradient, sigmoid)
-        return for_gradient, curved.mul_(sigmoid.mul_(-2).add_(1).mul_(x).add_(2))
+        curved = torch.ops.aten.sigmoid_backward(outer * gradient, s)
+        return for_gradient, curved.mul_(s.mul_(-2).add_(1).mul_(x).add_(2))
 
 
 class _Gather(torch.autograd.Function):

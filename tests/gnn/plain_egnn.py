@@ -13,13 +13,20 @@ from wattier_gnn.batch import Batch, Prediction
 from wattier_gnn.model import FoundationModel
 
 
+def linear_like(fast: nn.Module, n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
+    """In the type of the fast module's weights: float32 cannot hold what they are in float64."""
+    return nn.Linear(n_in, n_out, bias=bias, dtype=next(fast.parameters()).dtype)
+
+
 class PlainLayer(nn.Module):
     def __init__(self, fast: nn.Module) -> None:
         super().__init__()
         hidden_dim, n_radial = fast.radial.weight.shape
-        self.first = nn.Linear(2 * hidden_dim + n_radial, hidden_dim)
-        self.second = nn.Linear(hidden_dim, hidden_dim)
-        self.node = nn.Sequential(nn.Linear(2 * hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
+        self.first = linear_like(fast, 2 * hidden_dim + n_radial, hidden_dim)
+        self.second = linear_like(fast, hidden_dim, hidden_dim)
+        self.node = nn.Sequential(
+            linear_like(fast, 2 * hidden_dim, hidden_dim), nn.SiLU(), linear_like(fast, hidden_dim, hidden_dim)
+        )
         self.coordinate = plain_branch(fast.coordinate) if fast.coordinate is not None else None
         with torch.no_grad():
             self.first.weight.copy_(torch.cat([fast.receiver.weight, fast.sender.weight, fast.radial.weight], dim=1))
@@ -27,11 +34,11 @@ class PlainLayer(nn.Module):
             self.second.load_state_dict(fast.message.state_dict())
             self.node.load_state_dict(fast.node.state_dict())
 
-    def forward(self, h: Tensor, vectors: Tensor, edges: Tensor, envelope: Tensor, cutoff: float, norm: float):
+    def forward(
+        self, h: Tensor, vectors: Tensor, edges: Tensor, envelope: Tensor, k: Tensor, cutoff: float, norm: float
+    ):
         i, j = edges
         distance = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        n_radial = self.first.in_features - 2 * h.shape[1]
-        k = torch.arange(1, n_radial + 1, dtype=h.dtype) * (torch.pi / cutoff)
         basis = cutoff * torch.sin(k * distance) / distance * envelope
         messages = F.silu(self.second(F.silu(self.first(torch.cat([h[i], h[j], basis], dim=1))))) * envelope
         gathered = torch.zeros_like(h).index_add(0, i, messages) / norm
@@ -53,6 +60,7 @@ class PlainEGNN(nn.Module):
         self.layers = nn.ModuleList(PlainLayer(layer) for layer in fast.encoder.layers)
         self.strength = plain_branch(fast.force_head.strength) if fast.force_head is not None else None
         self.heads = nn.ModuleList(plain_head(fast.energy_heads, s) for s in range(len(fast.config.sources)))
+        self.register_buffer("k", fast.encoder.basis.frequency.clone())  # k pi / c, in the type it is stored in
         self.to(fast.energy_scale_ev.dtype)
 
     def forward(self, batch: Batch) -> Prediction:
@@ -73,9 +81,9 @@ class PlainEGNN(nn.Module):
         u = torch.linalg.vector_norm(vectors, dim=1, keepdim=True) / self.config.cutoff_angstrom
         envelope = 1 - 10 * u**3 + 15 * u**4 - 6 * u**5
         h = self.embedding(batch.numbers)
-        norm = max(self.config.mean_neighbors, 1.0) ** 0.5 / 2.0
+        norm, cutoff = max(self.config.mean_neighbors, 1.0) ** 0.5 / 2.0, self.config.cutoff_angstrom
         for layer in self.layers:
-            h, vectors, messages = layer(h, vectors, batch.edge_index, envelope, self.config.cutoff_angstrom, norm)
+            h, vectors, messages = layer(h, vectors, batch.edge_index, envelope, self.k, cutoff, norm)
         each = torch.stack([head(h).squeeze(1) for head in self.heads], dim=1)
         source = batch.source_index[batch.structure_index]
         atomic = each.gather(1, source[:, None]).squeeze(1) * self.scales(batch)
@@ -91,7 +99,9 @@ class PlainEGNN(nn.Module):
 def plain_branch(fast: nn.Sequential) -> nn.Sequential:
     """Linear, SiLU, and a scalar without bias."""
     hidden_dim = fast[0].in_features
-    plain = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1, bias=False))
+    plain = nn.Sequential(
+        linear_like(fast, hidden_dim, hidden_dim), nn.SiLU(), linear_like(fast, hidden_dim, 1, bias=False)
+    )
     with torch.no_grad():
         plain[0].load_state_dict(fast[0].state_dict())
         plain[2].weight.copy_(fast[2].weight[None])
@@ -103,10 +113,10 @@ def plain_head(fast: nn.Module, source: int) -> nn.Sequential:
     modules: list[nn.Module] = []
     with torch.no_grad():
         for weight, bias in zip(fast.weights, fast.biases, strict=True):
-            layer = nn.Linear(weight.shape[1], weight.shape[2])
+            layer = linear_like(fast, weight.shape[1], weight.shape[2])
             layer.weight.copy_(weight[source].T)
             layer.bias.copy_(bias[source])
             modules += [layer, nn.SiLU()]
-        out = nn.Linear(fast.out.shape[1], 1, bias=False)
+        out = linear_like(fast, fast.out.shape[1], 1, bias=False)
         out.weight.copy_(fast.out[source][None])
     return nn.Sequential(*modules, out)
