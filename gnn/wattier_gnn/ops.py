@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-# Below, making a oneDNN kernel for yet another number of edges costs more than the product itself (0.4 ms).
-SMALLEST_ONE_DNN_PRODUCT = 2**26
+# Below, making a oneDNN kernel for yet another number of edges (0.4 ms) costs what the kernel saves.
+SMALLEST_ONE_DNN_PRODUCT = 2**24
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class PlainLayer(nn.Module):
         h = h + self.node(torch.cat([h, gathered], dim=1))
         if self.coordinate is not None:
             pushes = -vectors / (distance + 1) * self.coordinate(messages) * envelope
-            moves = torch.zeros(len(h), 3, dtype=h.dtype).index_add(0, i, pushes) / norm
+            moves = h.new_zeros(len(h), 3).index_add(0, i, pushes) / norm
             vectors = vectors + moves[j] - moves[i]
         return h, vectors, messages
 
@@ -92,7 +92,7 @@ class PlainEGNN(nn.Module):
 
     def scales(self, batch: Batch) -> Tensor:
         """eV a unit, of each atom's source."""
-        scales = torch.tensor(self.config.energy_scale_ev, dtype=batch.positions.dtype)
+        scales = batch.positions.new_tensor(self.config.energy_scale_ev)
         return scales[batch.source_index[batch.structure_index]]
 
 
