@@ -15,7 +15,7 @@ from wattier_gnn.egnn import EGNN
 from wattier_gnn.families import GeometricEncoder, pna_blocks, schnet_blocks
 from wattier_gnn.heads import DirectForceHead, SourceEnergyHeads, VectorForceHead
 from wattier_gnn.ops import EdgeGraph
-from wattier_gnn.properties import PROPERTIES, Property
+from wattier_gnn.properties import Property, promised
 
 Family = Literal["egnn", "schnet", "pna"]
 ForceMode = Literal["conservative", "vector", "direct"]
@@ -107,16 +107,7 @@ class FoundationModel(nn.Module):
     @property
     def properties(self) -> frozenset[Property]:
         """What this model promises."""
-        broken: set[Property] = set()
-        if self.config.forces != "conservative":
-            broken.add("conservative")
-        if self.config.forces == "direct":
-            broken.add("equivariant_forces")
-        if self.config.family == "pna":
-            broken.add("smooth_cutoff")
-            if self.config.forces == "conservative":  # the slope of a minimum jumps where another neighbour takes over
-                broken.add("continuous_forces")
-        return PROPERTIES - broken
+        return promised(self.config.family, self.config.forces)
 
     def forward(self, batch: Batch) -> Prediction:
         """Energies [B] in eV relative to each source's composition reference, forces [N, 3] in eV/Angstrom."""

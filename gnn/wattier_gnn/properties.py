@@ -16,3 +16,17 @@ Property = Literal[
     "batch_independent",  # what else is in the batch does not matter
 ]
 PROPERTIES: frozenset[Property] = frozenset(get_args(Property))
+
+
+def promised(family: str, forces: str) -> frozenset[Property]:
+    """What our models of a family and a force mode promise."""
+    broken: set[Property] = set()
+    if forces != "conservative":
+        broken.add("conservative")
+    if forces == "direct":
+        broken.add("equivariant_forces")
+    if family == "pna":
+        broken.add("smooth_cutoff")
+        if forces == "conservative":  # the slope of a minimum jumps where another neighbour takes over
+            broken.add("continuous_forces")
+    return PROPERTIES - broken
