@@ -89,7 +89,10 @@ class PNABlock(nn.Module):
 def schnet_blocks(hidden_dim: int, n_layers: int, n_radial: int, cutoff_angstrom: float) -> list[nn.Module]:
     """Interaction blocks of SchNet (Schuett et al., NeurIPS 2017), whose filters end in a cosine at the cutoff."""
     block = _torch_geometric("schnet", "torch_geometric.nn.models.schnet", "InteractionBlock")
-    return [block(hidden_dim, n_radial, hidden_dim, cutoff_angstrom) for _ in range(n_layers)]
+    blocks = [block(hidden_dim, n_radial, hidden_dim, cutoff_angstrom) for _ in range(n_layers)]
+    for made in blocks:
+        del made.mlp  # the very module conv.nn: safetensors refuses weights under two names
+    return blocks
 
 
 def pna_blocks(

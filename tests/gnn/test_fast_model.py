@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from plain_egnn import PlainEGNN
+from safetensors.torch import load_file, save_file
 
 from wattier_gnn import ops
 from wattier_gnn.batch import Batch
 from wattier_gnn.model import FoundationModel, ModelConfig, build_model
+from wattier_gnn.store import Store
 
 OLD_KEYS = {
     "sources", "energy_scale_ev", "mean_neighbors", "cutoff_angstrom", "hidden_dim", "n_layers", "n_radial",
@@ -128,13 +132,43 @@ def test_the_degree_histogram_sets_the_scalers_of_pna(tools: Any) -> None:
     assert again.config.degree_histogram == histogram
 
 
+@pytest.mark.parametrize("family", ["egnn", "schnet", "pna"])
+def test_a_copy_and_saved_weights_predict_the_same(family: str, tools: Any, tmp_path: Path) -> None:
+    """The weight average deep-copies a model, a release saves it."""
+    model, batch = tools.model(family=family), batch_of(tools, torch.float64)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "weights")
+    loaded = FoundationModel(ModelConfig.from_dict(json.loads(json.dumps(model.config.to_dict())))).double().eval()
+    loaded.load_state_dict(load_file(tmp_path / "weights"))
+    for other in (copy.deepcopy(model), loaded):
+        assert torch.equal(other(batch).energy, model(batch).energy)
+        assert torch.equal(other(batch).forces, model(batch).forces)
+
+
+@pytest.mark.parametrize("family", ["egnn", "schnet", "pna"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_family_learns(family: str, precision: str, emt_store: Store) -> None:
+    """Forty steps on 27 Cu/Al structures halve the error of forces that an independent potential made."""
+    config = ModelConfig(
+        emt_store.sources, tuple(emt_store.meta["energy_scale_ev"]), emt_store.meta["mean_neighbors"], 3.5, 16, 2,
+        family=family, precision=precision, forces="vector",
+    )  # fmt: skip
+    model, batch = build_model(config, 0), emt_store.batch(np.arange(27))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = (model(batch).forces - batch.forces).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+
+
 def test_torch_geometric_is_imported_only_for_its_families() -> None:
     code = """
 import sys, wattier_gnn.model as m
 config = dict(sources=("a",), energy_scale_ev=(1.0,), mean_neighbors=3.0, hidden_dim=4, head_dim=4)
 m.build_model(m.ModelConfig(**config), 0)
 assert "torch_geometric" not in sys.modules
-m.build_model(m.ModelConfig(**config, family="schnet"), 0)
-assert "torch_geometric" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parent)
