@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wattier_gnn.egnn import EGNNLayer, RadialBasis
+from wattier_gnn.egnn import EGNNLayer
 from wattier_gnn.ingest import ingest
+from wattier_gnn.layers import RadialBasis
 from wattier_gnn.model import ModelConfig, build_model
 from wattier_gnn.sample import SAMPLE_SOURCES, sample_path
 from wattier_gnn.store import Store

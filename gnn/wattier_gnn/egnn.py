@@ -7,50 +7,20 @@ aggregated messages are divided by the square root of the mean number of neighbo
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wattier_gnn.layers import RadialBasis, ToScalar
+from wattier_gnn.ops import EdgeGraph, Linear, SiLU, silu
 
 MESSAGE_GAIN = 2.0  # makes up for the spread that two SiLU lose, so that first messages are as large as the embedding
 
-
-class RadialBasis(nn.Module):
-    """c sin(k pi d / c) / d: [E] -> [E, n_radial].
-
-    The spherical Bessel functions of Gasteiger et al. (ICLR 2020), in units in which they are of order one at bonding
-    distances.
-    """
-
-    def __init__(self, n_radial: int, cutoff_angstrom: float) -> None:
-        super().__init__()
-        self.cutoff_angstrom = cutoff_angstrom
-        self.register_buffer("frequency", torch.arange(1, n_radial + 1) * math.pi / cutoff_angstrom)
-
-    frequency: Tensor
-
-    def envelope(self, distance: Tensor) -> Tensor:
-        """Polynomial cutoff 1 - 10 u^3 + 15 u^4 - 6 u^5: two continuous derivatives at u = d / c = 1; [E]."""
-        u = (distance / self.cutoff_angstrom).clamp(max=1.0)
-        return 1 + u**3 * (-10 + u * (15 - 6 * u))
-
-    def forward(self, distance: Tensor) -> Tensor:
-        safe = distance.clamp(min=1e-6)[:, None]
-        return self.cutoff_angstrom * torch.sin(safe * self.frequency) / safe
-
-
-class ToScalar(nn.Module):
-    """Features [E, H] -> [E, 1] without a bias.
-
-    The weight is a vector: of the gradient of a [1, H] matrix, with its odd strides, DistributedDataParallel warns.
-    """
-
-    def __init__(self, n_in: int, *, gain: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in).uniform_(-gain * n_in**-0.5, gain * n_in**-0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.weight)[:, None]
+Readout = Callable[[Tensor], Tensor]  # messages [E, H] -> [E, C], what a force head wants of each edge
+Chunks = list[tuple[slice, slice, EdgeGraph]]
 
 
 class EGNNLayer(nn.Module):
@@ -62,40 +32,97 @@ class EGNNLayer(nn.Module):
 
     def __init__(self, hidden_dim: int, n_radial: int, *, moves_coordinates: bool) -> None:
         super().__init__()
-        self.receiver = nn.Linear(hidden_dim, hidden_dim)
-        self.sender = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.radial = nn.Linear(n_radial, hidden_dim, bias=False)
-        self.message = nn.Linear(hidden_dim, hidden_dim)
-        self.node = nn.Sequential(nn.Linear(2 * hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
+        self.receiver = Linear(hidden_dim, hidden_dim)
+        self.sender = Linear(hidden_dim, hidden_dim, bias=False)
+        self.radial = Linear(n_radial, hidden_dim, bias=False)
+        self.message = Linear(hidden_dim, hidden_dim)
+        self.node = nn.Sequential(Linear(2 * hidden_dim, hidden_dim), SiLU(), Linear(hidden_dim, hidden_dim))
         # The last layer of an invariant readout has no use for moved coordinates: its weights would get no gradient
         # and DistributedDataParallel would refuse the second step.
         self.coordinate: nn.Sequential | None = None
         if moves_coordinates:
             push = ToScalar(hidden_dim, gain=2e-2)
-            self.coordinate = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), push)
+            self.coordinate = nn.Sequential(Linear(hidden_dim, hidden_dim), SiLU(), push)
 
     def forward(  # noqa: PLR0913, PLR0917
-        self, h: Tensor, vectors: Tensor, edge_index: Tensor, envelope: Tensor, basis: RadialBasis, norm: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """New h [N, H], new edge vectors [E, 3], messages [E, H]; envelope [E, 1] is that of the undisturbed edges."""
-        i, j = edge_index
-        distance = torch.linalg.vector_norm(vectors, dim=1)
-        pair = self.receiver(h)[i] + self.sender(h)[j] + self.radial(basis(distance) * envelope)
-        messages = nn.functional.silu(self.message(nn.functional.silu(pair))) * envelope
-        gathered = torch.zeros_like(h).index_add(0, i, messages) / norm
-        h = h + self.node(torch.cat([h, gathered], dim=1))
+        self,
+        h: Tensor,
+        vectors: Tensor,
+        graph: EdgeGraph,
+        chunks: Chunks,
+        envelope: Tensor,
+        basis: RadialBasis,
+        norm: Tensor,
+        compute: torch.dtype,
+        readout: Readout | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """New h [N, H], new edge vectors [E, 3], what the readout says of each edge; envelope [E, 1] is that of the
+        undisturbed edges. Linear layers work in `compute`; h, vectors and sums are kept in the type of h."""
+        low = h.to(compute)
+        to_receiver, to_sender = self.receiver(low), self.sender(low)
+        if not chunks:
+            parts = [self._edges(to_receiver, to_sender, vectors, envelope, graph, basis, readout)]
+        else:
+            parts = [
+                checkpoint(
+                    self._edges, to_receiver[atoms], to_sender, vectors[edges], envelope[edges], part, basis, readout,
+                    use_reentrant=False, preserve_rng_state=False,
+                )
+                for atoms, edges, part in chunks
+            ]  # fmt: skip
+        gathered, pushed, said = (_joined(column) for column in zip(*parts, strict=True))
+        h = h + self.node(torch.cat([low, (gathered / norm).to(compute)], dim=1))
+        if pushed is not None:
+            moves = pushed / -norm
+            vectors = vectors + graph.of_senders(moves) - graph.of_receivers(moves)
+        return h, vectors, said
+
+    def _edges(  # noqa: PLR0913, PLR0917
+        self,
+        to_receiver: Tensor,
+        to_sender: Tensor,
+        vectors: Tensor,
+        envelope: Tensor,
+        graph: EdgeGraph,
+        basis: RadialBasis,
+        readout: Readout | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Sums of messages [N, H] and of pushes [N, 3], and the readout's [E, C]: nothing else leaves the edges."""
+        distance = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        radial = self.radial((basis(distance.squeeze(1)) * envelope).to(to_sender.dtype))
+        pair = graph.of_pairs(to_receiver, to_sender).add_(radial)
+        messages = silu(self.message(silu(pair))) * envelope.to(pair.dtype)
+        pushed = None
         if self.coordinate is not None:
-            pushes = vectors / (distance[:, None] + 1) * self.coordinate(messages) * envelope
-            moves = torch.zeros(h.shape[0], 3, dtype=h.dtype, device=h.device).index_add(0, i, -pushes) / norm
-            vectors = vectors + moves[j] - moves[i]
-        return h, vectors, messages
+            pushed = graph.to_receivers(vectors * (self.coordinate(messages) * envelope / (distance + 1)))
+        return graph.to_receivers(messages), pushed, None if readout is None else readout(messages)
+
+
+def _joined(parts: tuple[Any, ...]) -> Any:
+    """One tensor of the chunks' tensors, or None of their None."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 class EGNN(nn.Module):
-    """Encoder: elements and geometry in, invariant node features h [N, H] and the last messages [E, H] out."""
+    """Encoder: elements and geometry in, invariant node features h [N, H] and the readout's word on each edge out.
 
-    def __init__(
-        self, *, hidden_dim: int, n_layers: int, n_radial: int, cutoff_angstrom: float, mean_neighbors: float
+    Args:
+        compute: type of the linear layers, float32 or bfloat16; None = that of the weights.
+        checkpointing: keep only each layer's input for the backward pass and compute the rest again.
+        edge_chunk: the same for the edges of a layer, so many at a time.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        *,
+        hidden_dim: int,
+        n_layers: int,
+        n_radial: int,
+        cutoff_angstrom: float,
+        mean_neighbors: float,
+        compute: torch.dtype | None = None,
+        checkpointing: bool = False,
+        edge_chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(119, hidden_dim)
@@ -104,15 +131,24 @@ class EGNN(nn.Module):
             EGNNLayer(hidden_dim, n_radial, moves_coordinates=index < n_layers - 1) for index in range(n_layers)
         )
         self.register_buffer("mean_neighbors", torch.tensor(max(float(mean_neighbors), 1.0)))  # 0: isolated atoms only
+        self.compute, self.checkpointing, self.edge_chunk = compute, checkpointing, edge_chunk
 
     mean_neighbors: Tensor
 
-    def forward(self, numbers: Tensor, vectors: Tensor, edge_index: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, numbers: Tensor, vectors: Tensor, graph: EdgeGraph, readout: Readout | None
+    ) -> tuple[Tensor, Tensor | None]:
         h = self.embedding(numbers)
-        messages = vectors.new_zeros(vectors.shape[0], h.shape[1])
         norm = self.mean_neighbors.sqrt() / MESSAGE_GAIN
         # Of the undisturbed distance in every layer: that alone decides whether the edge is there at all.
         envelope = self.basis.envelope(torch.linalg.vector_norm(vectors, dim=1))[:, None]
+        chunks = graph.chunks(self.edge_chunk) if self.edge_chunk else []
+        said = None
         for layer in self.layers:
-            h, vectors, messages = layer(h, vectors, edge_index, envelope, self.basis, norm)
-        return h, messages
+            last = readout if layer is self.layers[-1] else None
+            rest = (graph, chunks, envelope, self.basis, norm, self.compute or h.dtype, last)
+            if self.checkpointing:
+                h, vectors, said = checkpoint(layer, h, vectors, *rest, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h, vectors, said = layer(h, vectors, *rest)
+        return h, said

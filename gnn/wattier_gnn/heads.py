@@ -1,4 +1,4 @@
-"""Readouts: one energy head a source over a shared encoder, forces by gradient or by an equivariant vector head."""
+"""Readouts: energy heads over a shared encoder, and the two heads whose forces are not a gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from wattier_gnn.egnn import ToScalar
+from wattier_gnn.layers import ToScalar
+from wattier_gnn.ops import EdgeGraph, Linear, SiLU
+
+N_DIRECTIONS = 16  # sums over neighbours that a direct force head is given
 
 
 class SourceEnergyHeads(nn.Module):
@@ -44,10 +47,32 @@ class VectorForceHead(nn.Module):
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
-        self.strength = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), ToScalar(hidden_dim))
+        self.strength = nn.Sequential(Linear(hidden_dim, hidden_dim), SiLU(), ToScalar(hidden_dim))
 
-    def forward(self, messages: Tensor, vectors: Tensor, envelope: Tensor, receivers: Tensor, n_atoms: int) -> Tensor:
-        """Forces [N, 3] in units of the source's scale; `vectors` [E, 3] are the undisturbed edge vectors."""
-        directions = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-6)
-        pulls = directions * self.strength(messages) * envelope[:, None]
-        return torch.zeros(n_atoms, 3, dtype=vectors.dtype, device=vectors.device).index_add(0, receivers, pulls)
+    def forward(self, _h: Tensor, strengths: Tensor, directions: Tensor, graph: EdgeGraph) -> Tensor:
+        """Forces [N, 3] in the network's unit, from strengths [E, 1] and directions [E, 3] that fade at the cutoff."""
+        return graph.to_receivers(directions * strengths)
+
+
+class DirectForceHead(nn.Module):
+    """Three numbers an atom out of a network, as the published model has them: neither conservative nor equivariant.
+
+    The published one is given x, y and z. This one is given h_i and some sums over neighbours
+    v_i = sum_j phi(m_ij) r_ij / |r_ij|, so that forces do not depend on where the origin is, but nothing makes them
+    turn with the structure.
+    """
+
+    def __init__(self, hidden_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.strength = nn.Sequential(
+            Linear(hidden_dim, hidden_dim), SiLU(), Linear(hidden_dim, N_DIRECTIONS, bias=False)
+        )
+        self.force = nn.Sequential(
+            nn.Linear(hidden_dim + 3 * N_DIRECTIONS, head_dim), nn.SiLU(), nn.Linear(head_dim, 3)
+        )
+
+    def forward(self, h: Tensor, strengths: Tensor, directions: Tensor, graph: EdgeGraph) -> Tensor:
+        """Forces [N, 3] in the network's unit, from strengths [E, C] and directions [E, 3] that fade at the cutoff."""
+        pulls = strengths.to(h.dtype)[:, :, None] * directions[:, None, :]
+        forces: Tensor = self.force(torch.cat([h, graph.to_receivers(pulls.flatten(1))], dim=1))
+        return forces

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from wattier_gnn.batch import Batch, Prediction
+from wattier_gnn.properties import Property
 
 N_FEATURES = 4  # atomic number, x, y, z
 N_EDGE_FEATURES = 1  # length
@@ -83,6 +85,9 @@ class PublishedEGNN(nn.Module):
     beside the atomic number. Forces come from a head of their own and are not the gradient of the energy. The energy
     head sees the mean over atoms and is taken as energy an atom, so that `Prediction.energy` [B] is in eV.
     """
+
+    # Coordinates are features, the mean over atoms feeds a network, and an edge at the cutoff counts like any other.
+    properties: ClassVar[frozenset[Property]] = frozenset({"permutation", "continuous_forces", "batch_independent"})
 
     def __init__(self, sizes: PublishedSizes) -> None:
         super().__init__()

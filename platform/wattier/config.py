@@ -61,14 +61,24 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """The network; a key that is also in `search.space` takes its value from the trial."""
+    """The network; a key that is also in `search.space` takes its value from the trial.
 
+    energy_heads: a network a source, one for all, or the sum of the two. forces: minus the gradient of the energy, an
+    equivariant vector head, or a head that is neither (the published kind). precision: of the encoder's linear layers.
+    activation_checkpointing, edge_chunk: less memory for more work; edge_chunk counts edges and is for egnn alone.
+    """
+
+    family: Literal["egnn", "schnet", "pna"] = "egnn"
     hidden_dim: Positive = 64
     n_layers: Positive = 3
     n_radial: Positive = 16
     head_dim: Positive = 64
     n_head_layers: Positive = 2
-    forces: Literal["conservative", "vector"] = "conservative"
+    energy_heads: Literal["per_source", "shared", "both"] = "per_source"
+    forces: Literal["conservative", "vector", "direct"] = "conservative"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    edge_chunk: Positive | None = None
 
 
 class TrainingSection(Section):
@@ -190,7 +200,8 @@ class SearchSection(Section):
 
 def field_type(name: str) -> Any:
     """The type of a parameter that can be searched: int, float or a literal."""
-    return {**ModelSection.model_fields, **TrainingSection.model_fields}[name].annotation
+    annotation = {**ModelSection.model_fields, **TrainingSection.model_fields}[name].annotation
+    return int if annotation == Positive | None else annotation
 
 
 def _refuse_forbidden_values(name: str, parameter: RangeParameter | ChoiceParameter) -> None:

@@ -20,9 +20,11 @@ from wattier.rundir import FULL_STAGE, RunDir
 from wattier.trial import load_member, settings_of
 from wattier.units import format_joules
 from wattier_gnn.ensemble import MANIFEST, SCHEMA_VERSION, Ensemble, sha256_of
+from wattier_gnn.properties import promised
 from wattier_gnn.store import Store
 
 LICENSE_OF_SAMPLE = "BSD-3-Clause"
+FAMILY_NAMES = {"egnn": "EGNN", "schnet": "SchNet", "pna": "PNA"}
 
 
 def export_release(run: RunDir, config: RunConfig) -> Path:
@@ -66,9 +68,11 @@ def _write_texts(
     """The model card in the Hugging Face format, and the example script."""
     # Markdown and Python, not HTML: escaping would spoil them.
     templates = Environment(loader=PackageLoader("wattier"), undefined=StrictUndefined, autoescape=False)
+    models = [settings_of(config, m.params)[0] for m in members]
     values = {
         "config": config,
-        "conservative": all(settings_of(config, m.params)[0].forces == "conservative" for m in members),
+        "families": sorted({FAMILY_NAMES[m.family] for m in models}),
+        "promises": frozenset.intersection(*(promised(m.family, m.forces) for m in models)),
         "evaluation": evaluation,
         "ledger": ledger_info(run),
         "format_joules": format_joules,
