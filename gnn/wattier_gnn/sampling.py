@@ -96,17 +96,13 @@ class Sampler:
 
     def epoch(self, number: int) -> Any:
         """Structures of one epoch in the order they are trained on: int64 [n_draws]."""
-        drawn = [
-            self._stretch(pile, number * quota, quota) if quota else None for pile, quota in enumerate(self._quotas)
-        ]
+        drawn = [self._stretch(pile, number * quota, quota) for pile, quota in enumerate(self._quotas) if quota]
         if self._natural:
             return drawn[0]
-        owner = np.repeat(np.arange(len(drawn), dtype=np.int16), self._quotas)
+        owner = np.repeat(np.arange(len(self._quotas), dtype=np.int16), self._quotas)
         np.random.default_rng([self._seed, number, 1]).shuffle(owner)
         order = np.empty(self.n_draws, dtype=np.int64)
-        for pile, part in enumerate(drawn):
-            if part is not None:
-                order[owner == pile] = part
+        order[np.argsort(owner, kind="stable")] = np.concatenate(drawn)
         return order
 
     def _stretch(self, pile: int, start: int, length: int) -> Any:

@@ -96,7 +96,7 @@ RunTrial = Callable[[TrialContext], TrialResult | None]
 
 
 def run_trial(context: TrialContext) -> TrialResult | None:
-    """Train one set of hyper-parameters at one fidelity, under an energy meter; resumes from its own last epoch.
+    """Train one set of hyper-parameters at one fidelity, under an energy meter; resumes from its own last checkpoint.
 
     Returns:
         The result on rank 0 (also written to ``result.json``), None on other ranks.
@@ -258,6 +258,7 @@ def _trainer(context: TrialContext, device: torch.device) -> Trainer:
         folder=context.folder,
         device=device,
         world=context.world,
+        before_save=lambda state: state.extra.update(energy_joules=bill(context.folder).joules),
     )
 
 
