@@ -135,9 +135,11 @@ class CheckpointClock:
         answer = int(from_rank_zero(float(-wanted if due else wanted), self._device))
         self._steps = self._ask_after = abs(answer)
         self._asked_at = now
-        if answer < 0:
-            self._saved_at = now
         return answer < 0
+
+    def saved(self) -> None:
+        """Begin to count anew: there is a checkpoint, of the middle or of the end of an epoch."""
+        self._saved_at = time.monotonic()
 
 
 def _own_generators(device: torch.device) -> torch.Tensor:

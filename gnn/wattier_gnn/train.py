@@ -254,6 +254,7 @@ class Trainer:
             if self._before_save is not None:
                 self._before_save(self.state)
         self.snapshot.save(self.state)
+        self.clock.saved()
 
     def _save_best(self) -> None:
         weights = {"model": model_state(self.evaluated()), "config": self.model.config.to_dict()}

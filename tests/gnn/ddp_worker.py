@@ -83,6 +83,9 @@ class EveryNthStep:
         self._steps += 1
         return self._steps % self._n == 0
 
+    def saved(self) -> None:
+        """Nothing: steps are counted, whatever is saved between."""
+
 
 class CollectiveStore(Store):
     """A store that can be read only by all ranks together, as one that is spread over them."""
@@ -92,9 +95,9 @@ class CollectiveStore(Store):
 
     def batch_of(self, parts: Sequence[Any], rank: int) -> Batch:
         self.reads += 1
-        present = [int(all_sum(torch.tensor([len(parts[rank])])))]
-        if present != [sum(len(part) for part in parts)]:
-            raise RuntimeError(f"the ranks are not at the same step: {present}")
+        present = int(all_sum(torch.tensor(len(parts[rank]))))
+        if present != sum(len(part) for part in parts):
+            raise RuntimeError(f"the ranks are not at the same step: together they have {present} structures")
         return self.batch(parts[rank])
 
 
