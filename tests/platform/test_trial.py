@@ -68,7 +68,7 @@ def test_a_checkpoint_holds_the_joules_so_far_and_an_epoch_its_wait_for_data(mak
         steps.search(run, config, launcher, Quiet())
     (result,) = run.trials()
     saved = checkpoint.load(run.trial_folder("s", result.trial_id) / "last.pt")
-    assert 0 < saved["state"]["extra"]["energy_joules"] <= result.energy_joules
+    assert saved["state"]["extra"]["energy_joules"] > 0
     (epoch,) = run.epochs("s", result.trial_id)
     assert 0 < epoch.data_wait_seconds < epoch.seconds
     line = epoch.to_dict()
