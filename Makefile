@@ -35,6 +35,7 @@ dashboards: setup-dev ## regenerate the Grafana dashboards
 bench: setup-dev ## side-by-side timings; they gate nothing
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_model.py
+	$(BIN)/python tests/bench_training.py
 	$(BIN)/python tests/bench_telemetry.py
 
 clean: ## remove what the other targets made, but no run

@@ -68,6 +68,16 @@ def from_rank_zero(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
+def gather_bytes(mine: Tensor, device: torch.device) -> list[Tensor]:
+    """Every rank's uint8 [n], in the order of ranks, on every rank's CPU; all are of one length."""
+    if not dist.is_initialized():
+        return [mine]
+    here = mine.to(device)
+    gathered = [torch.empty_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, here)
+    return [part.cpu() for part in gathered]
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():

@@ -1,89 +1,41 @@
-"""The training loop: DDP, AdamW, plateau schedule, early stop, restart from the last finished epoch.
+"""The training loop: several ranks, early stop, restart from the last checkpoint, which may lie within an epoch.
 
 It knows nothing of searches or joules: whoever calls it listens through ``on_epoch`` and may say stop.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wattier_gnn import checkpoint
+from wattier_gnn.averaging import WeightAverage
+from wattier_gnn.batch import Batch
+from wattier_gnn.batching import cut_into_steps, split_over_ranks
 from wattier_gnn.distributed import World, all_sum, from_rank_zero
-from wattier_gnn.loss import error_sums, loss_terms, metrics_by_source, weighted_loss
+from wattier_gnn.loss import N_SUMS, error_sums, loss_terms, metrics_by_source, weighted_loss
 from wattier_gnn.model import FoundationModel
-from wattier_gnn.sampling import epoch_batches
+from wattier_gnn.prefetch import Loader
+from wattier_gnn.sampling import Sampler, source_shares
+from wattier_gnn.schedule import Schedule
+from wattier_gnn.sharding import clip_gradients, model_state, spread_over_ranks
+from wattier_gnn.snapshot import CheckpointClock, Snapshot, TrainState
 from wattier_gnn.store import Store
-from wattier_gnn.structure import DataError
+from wattier_gnn.train_config import EpochReport, TrainConfig
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. batch_structures counts structures of one step over all ranks.
-
-    early_stop_patience: epochs without an improvement of min_improvement_ratio (relative) before training ends.
-    ema_decay: decay a step of the weight average that is evaluated and released; 0 turns averaging off.
-    val_energy_weight, val_force_weight: weights of the validation loss, if not those of training: trials that are
-    compared by their validation loss must all be measured with the same ones.
-    """
-
-    epochs: int
-    batch_structures: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    energy_weight: float = 1.0
-    force_weight: float = 1.0
-    gradient_clip_norm: float = 10.0
-    early_stop_patience: int = 10
-    min_improvement_ratio: float = 1e-3
-    plateau_factor: float = 0.5
-    plateau_patience: int = 5
-    min_learning_rate: float = 1e-5
-    ema_decay: float = 0.99
-    val_energy_weight: float | None = None
-    val_force_weight: float | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """What one epoch left behind; `val_by_source` is that of `loss.metrics_by_source`."""
-
-    epoch: int
-    train_loss: float
-    val_loss: float
-    val_by_source: dict[str, dict[str, float]]
-    structures_seen: int
-    seconds: float
-    learning_rate: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-
-@dataclass
-class TrainState:
-    """What a restart needs beside the tensors."""
-
-    epoch: int = 0
-    best_val_loss: float = math.inf
-    best_epoch: int = 0
-    epochs_without_improvement: int = 0
-    structures_seen: int = 0
-    ended: str = ""  # "", "epochs", "early_stop", "stopped", "diverged"
-    extra: dict[str, Any] = field(default_factory=dict)
-
+__all__ = ["EpochReport", "OnEpoch", "TrainConfig", "TrainState", "Trainer"]
 
 OnEpoch = Callable[[EpochReport], bool]
+GO_ON, STOP, GONE = 1.0, 0.0, -1.0  # answers after an epoch; GONE: rank 0 is leaving with an exception
 
 
 class Trainer:
@@ -100,27 +52,39 @@ class Trainer:
         folder: Path,
         device: torch.device,
         world: World | None = None,
+        before_save: Callable[[TrainState], None] | None = None,
     ) -> None:
+        """before_save: called on rank 0 before each checkpoint, to hang something on its `extra`."""
         self.world = world or World()
         self.store, self.config, self.folder, self.device = store, config, folder, device
         self.train_indices, self.val_indices = train_indices, val_indices
+        self.state, self._before_save = TrainState(), before_save
         self.model = model.to(device)
-        self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=_warmed_average(config.ema_decay))
+        self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
+        self._is_spread = config.sharding == "fsdp" and self.world.size > 1
+        for network in (self.model, *([self.average.model] if self.average else [])):
+            if self._is_spread:
+                spread_over_ranks(network, self.world, device)
         self.wrapped: nn.Module = self.model
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        self.optimizer = _SkippingAdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer,
-            factor=config.plateau_factor,
-            patience=config.plateau_patience,
-            min_lr=config.min_learning_rate,
-        )
-        self.state = TrainState()
+        self.schedule = Schedule(
+            self.optimizer, kind=config.schedule, epochs=config.epochs, warmup_steps=config.warmup_steps,
+            warmup_epochs=config.warmup_epochs, min_learning_rate=config.min_learning_rate,
+            plateau_factor=config.plateau_factor, plateau_patience=config.plateau_patience,
+        )  # fmt: skip
+        self.sampler = _sampler(store, train_indices, config)
+        self.loader = Loader(store, self.world.rank, device, config.prefetch_batches)
+        chosen = np.asarray(train_indices)
+        self.snapshot = Snapshot(
+            self.last_path, self.model, self.average, self.optimizer, self.schedule,
+            config.order_of_steps | {"structures": len(chosen), "sum": int(chosen.sum())}, self.world, device,
+        )  # fmt: skip
 
     @property
     def last_path(self) -> Path:
-        """Checkpoint of the last finished epoch, for restart."""
+        """The last checkpoint, for restart."""
         return self.folder / "last.pt"
 
     @property
@@ -130,9 +94,12 @@ class Trainer:
 
     def run(self, on_epoch: OnEpoch) -> TrainState:
         """Train from the last checkpoint, if there is one, until an end is reached; `on_epoch` is called on rank 0."""
-        self._restore()
-        if self.world.size > 1:
+        self.state = self.snapshot.restore() or self.state
+        if self.state.ended == "epochs" and self.state.epoch < self.config.epochs:
+            self.state.ended = ""  # asked for more epochs than last time
+        if self.world.size > 1 and not self._is_spread:
             self.wrapped = DistributedDataParallel(self.model)
+        self.clock = self._new_clock()
         try:
             while not self.state.ended:
                 self._epoch(on_epoch)
@@ -143,29 +110,84 @@ class Trainer:
         return self.state
 
     def _epoch(self, on_epoch: OnEpoch) -> None:
-        started = time.monotonic()
-        train_loss = self._train_epoch(self.state.epoch)
+        state = self.state
+        started = time.monotonic() - state.seconds
+        train_loss = self._train_epoch(started)
         val_loss, by_source = self.validate()
-        self.state.epoch += 1
-        self.state.structures_seen += len(self.train_indices)
-        self.plateau.step(val_loss)
+        state.epoch += 1
+        state.structures_seen += self.sampler.n_draws
+        self.schedule.after_epoch(val_loss)
         improved = self._note(train_loss, val_loss)
         report = EpochReport(
-            self.state.epoch, train_loss, val_loss, by_source, self.state.structures_seen,
-            time.monotonic() - started, self.optimizer.param_groups[0]["lr"],
+            state.epoch, train_loss, val_loss, by_source, state.structures_seen, time.monotonic() - started,
+            self.schedule.learning_rate, state.data_wait_seconds,
         )  # fmt: skip
-        # Reported first, saved second: a process killed between the two trains this epoch again and reports it
-        # again, where the other order would lose the report.
-        if not self._may_go_on(report, on_epoch) and not self.state.ended:
-            self.state.ended = "stopped"
-        self._save(improved=improved)
+        state.step, state.loss_sum, state.loss_steps, state.seconds, state.data_wait_seconds = 0, 0.0, 0.0, 0.0, 0.0
+        # Reported first, saved second: a process killed between the two trains the end of this epoch again and reports
+        # it again, where the other order would lose the report.
+        answer = self._answer(report, on_epoch)
+        if answer != GO_ON and not state.ended:
+            state.ended = "stopped"
+        if answer == GONE:
+            return
+        if improved:
+            self._save_best()
+        self._save()
+
+    def _new_clock(self) -> CheckpointClock:
+        return CheckpointClock(self.config.checkpoint_seconds, self.device)
+
+    def _train_epoch(self, started: float) -> float:
+        """Mean loss of the steps that were taken; NaN if there was none."""
+        self.wrapped.train()
+        state = self.state
+        totals = torch.tensor([state.loss_sum, state.loss_steps], dtype=torch.float64, device=self.device)
+        waited = self.loader.wait_seconds - state.data_wait_seconds
+        steps = self._cut(self.sampler.epoch(state.epoch))
+        drawn = sum(len(step) for step in itertools.islice(steps, state.step))
+        with self.loader.reading(self._split(steps)) as batches:
+            for parts, batch in batches:
+                self.schedule.before_step(state.steps, state.epoch + drawn / self.sampler.n_draws)
+                n_structures = sum(len(part) for part in parts)
+                totals += self._step(batch, n_structures)
+                drawn, state.step, state.steps = drawn + n_structures, state.step + 1, state.steps + 1
+                state.data_wait_seconds = self.loader.wait_seconds - waited
+                if self.clock.is_due():
+                    state.seconds = time.monotonic() - started
+                    state.loss_sum, state.loss_steps = totals.tolist()
+                    self._save()
+        loss_sum, loss_steps = totals.tolist()
+        return loss_sum / loss_steps if loss_steps else math.nan
+
+    def _step(self, batch: Batch, n_structures: int) -> Tensor:
+        """One step of all ranks with n_structures in all: float64 [2], its loss and 1, or 0 and 0 if not finite.
+
+        Nothing here waits for the device: whether the step is taken is decided there.
+        """
+        config = self.config
+        prediction = self.wrapped(batch)
+        energy_sum, force_sum = loss_terms(
+            prediction, batch, self.model.energy_scale_ev, config.energy_weight, config.force_weight, config.loss,
+            config.huber_delta,
+        )  # fmt: skip
+        n_forces = all_sum(batch.force_mask.sum())
+        # Gradients are averaged over ranks: times the world size, over global counts, is the global batch's mean.
+        loss = (energy_sum / n_structures + force_sum / n_forces.clamp(min=1)) * self.world.size
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = clip_gradients(self.model, config.gradient_clip_norm)
+        value = all_sum(loss.detach() / self.world.size)
+        # Both are the same on all ranks. The loss must be asked too: the gradient of |x - NaN| is 0.
+        taken = torch.isfinite(value) & torch.isfinite(norm)
+        self.optimizer.found_inf = (~taken).float()
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, taken)
+        return torch.stack([torch.where(taken, value, 0.0), taken]).double()
 
     def validate(self) -> tuple[float, dict[str, dict[str, float]]]:
         """Validation loss (mean over sources of scaled errors) and metrics by source, of the averaged weights."""
-        sums = evaluate_sums(
-            self.evaluated(), self.store, self.val_indices, self.config.batch_structures, self.device, self.world
-        )
-        by_source = metrics_by_source(sums, self.store.sources)
+        by_source = metrics_by_source(self._error_sums(self.evaluated(), self.val_indices), self.store.sources)
         scales = dict(zip(self.store.sources, self.model.config.energy_scale_ev, strict=True))
         energy, force = self.config.val_energy_weight, self.config.val_force_weight
         energy = self.config.energy_weight if energy is None else energy
@@ -174,43 +196,29 @@ class Trainer:
 
     def evaluated(self) -> FoundationModel:
         """The model whose metrics are reported and whose weights are kept."""
-        model = self.average.module if self.config.ema_decay else self.model
-        if not isinstance(model, FoundationModel):
-            raise TypeError(f"averaged model is {type(model).__name__}, but must be FoundationModel")
-        return model
+        if self.average is None:
+            return self.model
+        self.average.follow_buffers(self.model)
+        return self.average.model
 
-    def _train_epoch(self, epoch: int) -> float:
-        """Mean loss of the steps that were taken; NaN if there was none."""
-        self.wrapped.train()
-        total, steps = 0.0, 0
-        for indices in epoch_batches(
-            self.train_indices, self.config.batch_structures, seed=self.config.seed, epoch=epoch,
-            rank=self.world.rank, world_size=self.world.size, shuffle=True,
-        ):  # fmt: skip
-            loss = self._step(indices)
-            if math.isfinite(loss):
-                total, steps = total + loss, steps + 1
-        return total / steps if steps else math.nan
+    def _error_sums(self, model: FoundationModel, indices: Any) -> Tensor:
+        """Error sums [S, 7] over all ranks, see `loss.error_sums`."""
+        model.eval()
+        sums = torch.zeros(len(self.store.sources), N_SUMS, dtype=torch.float64, device=self.device)
+        with torch.no_grad(), self.loader.reading(self._split(self._cut(np.asarray(indices)))) as batches:
+            for _, batch in batches:
+                if len(batch.n_atoms) or self._is_spread:  # the weights of a spread model are gathered by all ranks
+                    sums += error_sums(model(batch), batch, len(sums))
+        return all_sum(sums)
 
-    def _step(self, indices: Any) -> float:
-        """One optimiser step; the loss is the global batch's whatever the number of ranks."""
-        batch = self.store.batch(indices).to(self.device)
-        prediction = self.wrapped(batch)
-        energy_sum, force_sum = loss_terms(
-            prediction, batch, self.model.energy_scale_ev, self.config.energy_weight, self.config.force_weight
-        )
-        counts = all_sum(torch.tensor([len(indices), int(batch.force_mask.sum())], device=self.device))
-        # DDP averages gradients over ranks: times the world size, over global counts, is the global batch's mean.
-        loss = (energy_sum / counts[0].clamp(min=1) + force_sum / counts[1].clamp(min=1)) * self.world.size
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
-        value = float(all_sum(loss.detach() / self.world.size))
-        # Both are the same on all ranks. The loss must be asked too: the gradient of |x - NaN| is 0.
-        if math.isfinite(value) and torch.isfinite(norm):
-            self.optimizer.step()
-            self.average.update_parameters(self.model)
-        return value
+    def _cut(self, order: Any) -> Iterator[Any]:
+        return cut_into_steps(order, self.config.limits, self.store.n_atoms, self.store.n_edges)
+
+    def _split(self, steps: Iterable[Any]) -> Iterator[list[Any]]:
+        """Every rank's part of each step; an edge is as much work as an atom has besides its edges."""
+        for step in steps:
+            work = self.store.n_edges[step] + self.store.n_atoms[step]
+            yield split_over_ranks(step, work, self.world.size)
 
     def _note(self, train_loss: float, val_loss: float) -> bool:
         """Update the early-stop counters; True when this epoch is the best so far."""
@@ -229,78 +237,43 @@ class Trainer:
             state.ended = "early_stop"
         return improved
 
-    def _may_go_on(self, report: EpochReport, on_epoch: OnEpoch) -> bool:
-        """Rank 0 asks; the others hear the answer, also when asking ends in an exception."""
+    def _answer(self, report: EpochReport, on_epoch: OnEpoch) -> float:
+        """Rank 0 asks; the others hear the answer, also when asking ends in an exception: there is no saving then."""
         if self.world.rank != 0:
-            return from_rank_zero(0.0, self.device) > 0
-        answer = False
+            return from_rank_zero(GONE, self.device)
+        answer = GONE
         try:
-            answer = on_epoch(report)
+            answer = GO_ON if on_epoch(report) else STOP
         finally:
-            from_rank_zero(float(answer), self.device)
+            from_rank_zero(answer, self.device)
         return answer
 
-    def _save(self, *, improved: bool) -> None:
-        if self.world.rank != 0:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if improved:
-            weights = {"model": self.evaluated().state_dict(), "config": self.model.config.to_dict()}
+    def _save(self) -> None:
+        if self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._before_save is not None:
+                self._before_save(self.state)
+        self.snapshot.save(self.state)
+        self.clock.saved()
+
+    def _save_best(self) -> None:
+        weights = {"model": model_state(self.evaluated()), "config": self.model.config.to_dict()}
+        if self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_atomically(weights, self.best_path)
-        checkpoint.save_atomically(
-            {
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "plateau": self.plateau.state_dict(),
-                "state": asdict(self.state),
-            },
-            self.last_path,
-        )
-
-    def _restore(self) -> None:
-        found = from_rank_zero(float(self.last_path.exists()), self.device) > 0
-        if not found:
-            return
-        saved = checkpoint.load(self.last_path, self.device)
-        try:
-            self.model.load_state_dict(saved["model"])
-            self.average.load_state_dict(saved["average"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.plateau.load_state_dict(saved["plateau"])
-            self.state = TrainState(**saved["state"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.last_path}: does not fit this model and trainer ({str(error).splitlines()[0]}), but must come "
-                "from the same config. Remove the file to start over."
-            ) from error
-        if self.state.ended == "epochs" and self.state.epoch < self.config.epochs:
-            self.state.ended = ""  # asked for more epochs than last time
 
 
-def _warmed_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential moving average whose decay grows as (1 + n) / (10 + n) up to `decay`: young weights do not linger."""
+class _SkippingAdamW(torch.optim.AdamW):
+    """AdamW whose fused step does nothing where `found_inf` [] is 1: the seam of torch.amp.GradScaler."""
 
-    @torch.no_grad()
-    def update(averages: Any, values: Any, n_averaged: Any) -> None:
-        n = float(n_averaged)
-        for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+    found_inf: Tensor
 
 
-def evaluate_sums(  # noqa: PLR0913, PLR0917
-    model: FoundationModel, store: Store, indices: Any, batch_structures: int, device: torch.device, world: World
-) -> torch.Tensor:
-    """Error sums [S, 5] over all ranks, see `loss.error_sums`."""
-    model.eval()
-    sums = torch.zeros(len(store.sources), 5, dtype=torch.float64, device=device)
-    with torch.no_grad():
-        for part in epoch_batches(
-            indices, batch_structures, seed=0, epoch=0, rank=world.rank, world_size=world.size, shuffle=False
-        ):
-            if len(part):
-                batch = store.batch(part).to(device)
-                sums += error_sums(model(batch), batch, len(store.sources))
-    return all_sum(sums)
+def _sampler(store: Store, indices: Any, config: TrainConfig) -> Sampler:
+    counts = np.bincount(store.source_index[indices], minlength=len(store.sources))
+    shares = source_shares(
+        counts, store.sources, config.mixture, config.mixture_temperature, config.source_weights
+    )  # fmt: skip
+    return Sampler(
+        indices, seed=config.seed, source_index=store.source_index, shares=shares, n_draws=config.epoch_structures
+    )

@@ -5,35 +5,28 @@ from __future__ import annotations
 import ipaddress
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from wattier.config_combinations import refuse_wrong_combinations
 from wattier.config_errors import explain
+from wattier.config_space import (
+    ChoiceParameter,
+    NonNegativeFloat,
+    Parameter,
+    Positive,
+    PositiveFloat,
+    RangeParameter,
+    Section,
+)
 from wattier.errors import UserError, did_you_mean
 from wattier.strict_yaml import read_yaml
 
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 SourceName = Literal["ani1x", "qm7x", "oc20", "oc22", "mptrj", "extxyz"]
-
-
-class Section(BaseModel):
-    """A mapping whose keys are all known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class SplitSection(Section):
@@ -82,63 +75,42 @@ class ModelSection(Section):
 
 
 class TrainingSection(Section):
-    """How to train; a key that is also in `search.space` takes its value from the trial."""
+    """How to train; a key that is also in `search.space` takes its value from the trial.
+
+    batch_structures, batch_atoms, batch_edges: the most that one step over all ranks may hold; null = unbounded.
+    mixture: shares of the sources in an epoch: natural, uniform (alike), temperature (n^(1/T)) or weights (those of
+    source_weights). epoch_structures: draws an epoch, null = as many as there are training structures.
+    loss: of scaled errors, huber straight above huber_delta; the validation loss is always of absolute errors.
+    warmup_steps, warmup_epochs: the learning rate rises from 0 for so long. schedule: plateau, or a cosine to the end.
+    sharding: none = a copy of the model a rank (DDP), fsdp = a part of it a rank.
+    checkpoint_seconds: time between two checkpoints within an epoch. prefetch_batches: read ahead in the background.
+    """
 
     batch_structures: Positive = 32
+    batch_atoms: Positive | None = None
+    batch_edges: Positive | None = None
+    mixture: Literal["natural", "uniform", "temperature", "weights"] = "natural"
+    mixture_temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    source_weights: dict[SourceName, PositiveFloat] | None = None
+    epoch_structures: Positive | None = None
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
+    loss: Literal["mae", "mse", "huber"] = "mae"
+    huber_delta: PositiveFloat = 0.1
     energy_weight: NonNegativeFloat = 1.0
     force_weight: NonNegativeFloat = 1.0
     gradient_clip_norm: PositiveFloat = 10.0
     min_improvement_ratio: NonNegativeFloat = 1e-3
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    warmup_epochs: NonNegativeFloat = 0.0
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     plateau_patience: Positive = 5
     min_learning_rate: NonNegativeFloat = 1e-5
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-
-
-class RangeParameter(Section):
-    """Numbers from low to high, both included: whole ones where the parameter is a whole number."""
-
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: Annotated[int | float, Field(gt=0)] | None = None
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not (math.isfinite(self.low) and math.isfinite(self.high)) or self.low > self.high:
-            raise ValueError(f"low is {self.low} and high is {self.high}, but low must be at most high, both finite")
-        if self.log and self.low <= 0:
-            raise ValueError(f"low is {self.low}, but must be above 0 on a log scale")
-        if self.log and self.step is not None:
-            raise ValueError("log and step are both given, but only one can be used. Remove one of them")
-        if self.step is not None:
-            _refuse_uneven_step(self.low, self.high, self.step)
-        return self
-
-
-def _refuse_uneven_step(low: float, high: float, step: float) -> None:
-    steps = (high - low) / step
-    if steps < 0.5 or not math.isclose(steps, round(steps), rel_tol=1e-9):
-        raise ValueError(f"step is {step}, but must lead from low, {low}, to high, {high}, in whole steps")
-
-
-class ChoiceParameter(Section):
-    """One of some values."""
-
-    choices: list[str | int | float | bool] = Field(min_length=1)
-
-
-def _parameter_kind(value: Any) -> str:
-    chosen = "choices" in value if isinstance(value, dict) else isinstance(value, ChoiceParameter)
-    return "ChoiceParameter" if chosen else "RangeParameter"
-
-
-Parameter = Annotated[
-    Annotated[RangeParameter, Tag("RangeParameter")] | Annotated[ChoiceParameter, Tag("ChoiceParameter")],
-    Discriminator(_parameter_kind),
-]
+    sharding: Literal["none", "fsdp"] = "none"
+    checkpoint_seconds: PositiveFloat = 300.0
+    prefetch_batches: Annotated[int, Field(ge=0, le=64)] = 2
 
 
 class StageSection(Section):
@@ -199,9 +171,11 @@ class SearchSection(Section):
 
 
 def field_type(name: str) -> Any:
-    """The type of a parameter that can be searched: int, float or a literal."""
-    annotation = {**ModelSection.model_fields, **TrainingSection.model_fields}[name].annotation
-    return int if annotation == Positive | None else annotation
+    """The type of a parameter that can be searched: int, float or a literal; None, as a default, aside."""
+    annotation: Any = {**ModelSection.model_fields, **TrainingSection.model_fields}[name].annotation
+    if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
+        annotation = next(kind for kind in get_args(annotation) if kind is not NoneType)
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _refuse_forbidden_values(name: str, parameter: RangeParameter | ChoiceParameter) -> None:
@@ -270,7 +244,7 @@ class TelemetrySection(Section):
     exporter: bool = False
     exporter_address: str = "127.0.0.1"
     exporter_port: Annotated[int, Field(ge=0, le=65535)] = 9500
-    exporter_allow: list[str] = []
+    exporter_allow: list[str] = Field(default=[])
 
     @field_validator("exporter_address")
     @classmethod
@@ -318,20 +292,8 @@ class RunConfig(Section):
     telemetry: TelemetrySection = TelemetrySection()
 
     @model_validator(mode="after")
-    def _a_structure_for_each_rank(self) -> Self:
-        searched = self.search.space.get("batch_structures")
-        if isinstance(searched, RangeParameter):
-            smallest = int(searched.low)
-        elif isinstance(searched, ChoiceParameter):
-            smallest = min(int(value) for value in searched.choices)
-        else:
-            smallest = self.training.batch_structures
-        ranks = max([self.full_training.ranks, *(stage.ranks for stage in self.search.stages)])
-        if smallest < ranks:
-            raise ValueError(
-                f"batch_structures is {smallest} at the least and ranks is {ranks} at the most, but a step must have a "
-                "structure for each rank. It counts structures of a step over all ranks; raise it, or lower ranks"
-            )
+    def _together(self) -> Self:
+        refuse_wrong_combinations(self)
         return self
 
     @field_validator("run_dir")

@@ -53,6 +53,7 @@ class EpochRecord:
     learning_rate: float
     energy_joules: float | None = None
     time_seconds: float | None = None  # seconds since the epoch (Unix), when the line was written
+    data_wait_seconds: float | None = None  # of `seconds`, those in which training waited for its batches
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: what is not a finite number becomes None."""

@@ -17,7 +17,8 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from wattier.config import ChoiceParameter, RangeParameter, RunConfig, SearchSection, StageSection, field_type
+from wattier.config import RunConfig, SearchSection, StageSection, field_type
+from wattier.config_space import ChoiceParameter, RangeParameter
 from wattier.launch import Launcher, Policy, Stage
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, TrialResult
 from wattier.rundir import RunDir, append_json_line, decode, read_json

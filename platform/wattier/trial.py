@@ -34,6 +34,7 @@ from wattier_gnn import checkpoint
 from wattier_gnn.distributed import World, barrier, process_group
 from wattier_gnn.model import FoundationModel, ModelConfig, build_model, count_parameters
 from wattier_gnn.sampling import choose_subset
+from wattier_gnn.sharding import optimizer_state
 from wattier_gnn.splits import TRAIN, VAL
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
@@ -96,7 +97,7 @@ RunTrial = Callable[[TrialContext], TrialResult | None]
 
 
 def run_trial(context: TrialContext) -> TrialResult | None:
-    """Train one set of hyper-parameters at one fidelity, under an energy meter; resumes from its own last epoch.
+    """Train one set of hyper-parameters at one fidelity, under an energy meter; resumes from its own last checkpoint.
 
     Returns:
         The result on rank 0 (also written to ``result.json``), None on other ranks.
@@ -164,10 +165,11 @@ def warm_up(context: TrialContext) -> None:
         torch.set_num_threads(context.config.resources.cpus_per_rank)
         store = Store(run.store_path)
         model = build_model(model_config(store, ModelSection(hidden_dim=8, n_layers=2, head_dim=8)), 0).to(device)
-        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         prediction = model.train()(store.batch(store.indices(TRAIN)[:2]).to(device))
         (prediction.energy.sum() + prediction.forces.square().sum()).backward()
         optimizer.step()
+        optimizer_state(model, optimizer)  # what a checkpoint needs is loaded late too
 
 
 def settings_of(config: RunConfig, params: Params) -> tuple[ModelSection, TrainingSection]:
@@ -258,6 +260,7 @@ def _trainer(context: TrialContext, device: torch.device) -> Trainer:
         folder=context.folder,
         device=device,
         world=context.world,
+        before_save=lambda state: state.extra.update(energy_joules=bill(context.folder).joules),
     )
 
 

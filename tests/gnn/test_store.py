@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from wattier_gnn import store as store_module
-from wattier_gnn.sampling import choose_subset, epoch_batches
 from wattier_gnn.splits import TEST, TRAIN, VAL
 from wattier_gnn.store import Store, ragged, write_store
 from wattier_gnn.structure import DataError, Structure
@@ -188,34 +187,3 @@ def test_an_interrupted_write_leaves_nothing(
 def test_a_second_write_replaces_the_first(folder: Path, structures: list[Structure]) -> None:
     assert len(write(folder, structures[:2])) == 2
     assert [p.name for p in folder.parent.iterdir()] == ["store"]
-
-
-def test_a_subset_takes_evenly_from_sources() -> None:
-    source_index = np.array([0] * 90 + [1] * 8 + [2] * 30)
-    indices = np.arange(128)
-    subset = choose_subset(indices, source_index, 40, seed=1)
-    assert np.bincount(source_index[subset]).tolist() == [16, 8, 16]
-    assert len(set(subset.tolist())) == 40
-    assert (choose_subset(indices, source_index, 40, seed=1) == subset).all()
-    assert (choose_subset(indices, source_index, None, seed=1) == indices).all()
-    assert (choose_subset(indices, source_index, 999, seed=1) == indices).all()
-
-
-def test_a_larger_subset_holds_the_smaller() -> None:
-    """A promoted trial has seen its data before: stages of a funnel are nested."""
-    source_index = np.array([0] * 50 + [1] * 50)
-    small, large = (set(choose_subset(np.arange(100), source_index, n, seed=2).tolist()) for n in (10, 40))
-    assert small < large
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_share_the_same_global_batches(world_size: int) -> None:
-    indices = np.arange(100, 111)
-    options = {"seed": 1, "epoch": 2, "shuffle": True}
-    alone = list(epoch_batches(indices, 4, rank=0, world_size=1, **options))  # type: ignore[arg-type]
-    parts = [list(epoch_batches(indices, 4, rank=r, world_size=world_size, **options)) for r in range(world_size)]  # type: ignore[arg-type]
-    for step, batch in enumerate(alone):
-        assert sorted(np.concatenate([p[step] for p in parts])) == sorted(batch)
-    assert sorted(np.concatenate(alone)) == indices.tolist()
-    other = np.concatenate(list(epoch_batches(indices, 4, seed=1, epoch=3, rank=0, world_size=1, shuffle=True)))
-    assert (other != np.concatenate(alone)).any()

@@ -11,8 +11,9 @@ import yaml
 from wattier import run as steps
 from wattier.config import RunConfig
 from wattier.ledger import ledger_info
-from wattier.records import TrialResult
+from wattier.records import EpochRecord, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir
+from wattier_gnn import checkpoint
 
 
 class Quiet:
@@ -59,6 +60,20 @@ def test_losses_of_trials_with_other_weights_are_comparable(make) -> None:
         scale = json.loads((run.store_path / "meta.json").read_text())["energy_scale_ev"][0]
         expected = (per_source["energy_mae_ev_per_atom"] + per_source["force_mae_ev_per_angstrom"]) / scale
         assert result.val_loss == pytest.approx(expected), "the config's weights, 1 and 1, not the trial's"
+
+
+def test_a_checkpoint_holds_the_joules_so_far_and_an_epoch_its_wait_for_data(make) -> None:
+    run, config = make({"hidden_dim": {"choices": [8]}}, trials=1)
+    with steps.launcher_for(config) as launcher:
+        steps.search(run, config, launcher, Quiet())
+    (result,) = run.trials()
+    saved = checkpoint.load(run.trial_folder("s", result.trial_id) / "last.pt")
+    assert saved["state"]["extra"]["energy_joules"] > 0
+    (epoch,) = run.epochs("s", result.trial_id)
+    assert 0 < epoch.data_wait_seconds < epoch.seconds
+    line = epoch.to_dict()
+    del line["data_wait_seconds"]
+    assert EpochRecord.from_dict(line).data_wait_seconds is None, "as an earlier version wrote it: not known"
 
 
 def test_ranks_that_rank_zero_counts_as_children_are_billed_once(make) -> None:

@@ -1,0 +1,71 @@
+"""Settings that are right alone and wrong together, also where one of them is searched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wattier.config import RunConfig
+
+
+def refuse_wrong_combinations(config: RunConfig) -> None:
+    """Check what no section can see by itself.
+
+    Raises:
+        ValueError: the first problem, with its place.
+    """
+    _a_structure_for_each_rank(config)
+    _weights_of_all_sources(config)
+    _one_warm_up(config)
+    _whole_weights_for_gradients(config)
+
+
+def reached(config: RunConfig, name: str) -> list[Any]:
+    """Values that a model or training setting takes: its own, or those of the search space (ends of a range)."""
+    searched: Any = config.search.space.get(name)
+    if searched is None:
+        section = config.model if name in type(config.model).model_fields else config.training
+        return [getattr(section, name)]
+    return list(searched.choices) if hasattr(searched, "choices") else [searched.low, searched.high]
+
+
+def _a_structure_for_each_rank(config: RunConfig) -> None:
+    smallest = min(int(value) for value in reached(config, "batch_structures"))
+    ranks = max([config.full_training.ranks, *(stage.ranks for stage in config.search.stages)])
+    if smallest < ranks:
+        raise ValueError(
+            f"batch_structures is {smallest} at the least and ranks is {ranks} at the most, but a step must have a "
+            "structure for each rank. It counts structures of a step over all ranks; raise it, or lower ranks"
+        )
+
+
+def _weights_of_all_sources(config: RunConfig) -> None:
+    weights = config.training.source_weights
+    if "weights" not in reached(config, "mixture"):
+        if weights is not None:
+            raise ValueError(
+                "training.source_weights is given, but training.mixture is not weights, which alone reads it. Set "
+                "mixture to weights, or remove source_weights"
+            )
+        return
+    named, read = set(weights or {}), set(config.data.sources)
+    if named != read:
+        raise ValueError(
+            f"training.source_weights names {', '.join(sorted(named)) or 'no source'}, but mixture weights needs one "
+            f"for each of data.sources: {', '.join(sorted(read))}"
+        )
+
+
+def _one_warm_up(config: RunConfig) -> None:
+    if max(reached(config, "warmup_steps")) and max(reached(config, "warmup_epochs")):
+        raise ValueError(
+            "training.warmup_steps and training.warmup_epochs are both above 0, but only one can be. Remove one"
+        )
+
+
+def _whole_weights_for_gradients(config: RunConfig) -> None:
+    if "fsdp" in reached(config, "sharding") and "conservative" in reached(config, "forces"):
+        raise ValueError(
+            "training.sharding is fsdp and model.forces is conservative, but forces by gradient need whole weights on "
+            "every rank. Set sharding to none, or forces to vector"
+        )
