@@ -78,7 +78,6 @@ def _json_rows(path: Path) -> Iterator[Row | BadRecord]:
 
 
 def _sqlite_rows(path: Path) -> Iterator[Row | BadRecord]:
-    last = "the start"
     try:
         # Nothing is written, no lock is taken, and no function the schema names is called.
         with closing(
@@ -91,15 +90,24 @@ def _sqlite_rows(path: Path) -> Iterator[Row | BadRecord]:
             sql, *_ = made.fetchone() or (b"",)
             if not bytes(sql).upper().startswith(b"CREATE TABLE"):  # a view or a virtual table may hold any number
                 raise shard_error(path, "", "has no table 'systems'", "an ASE database")
-            for columns in connection.execute(f"SELECT {', '.join(COLUMNS)} FROM systems ORDER BY id"):
-                row = dict(zip(COLUMNS, columns, strict=True))
-                last = f"row {row['id']}"
+            for (row_id,) in connection.execute("SELECT id FROM systems ORDER BY id"):
                 try:
-                    yield _decoded(path, row)
+                    yield _sqlite_row(path, connection, row_id)
                 except DataError as error:
                     yield BadRecord(str(error))
     except sqlite3.Error as error:
-        raise shard_error(path, f"after {last}", f"SQLite says {error}", "a whole ASE database") from error
+        raise shard_error(path, "", f"SQLite says {error}", "a whole ASE database") from error
+
+
+def _sqlite_row(path: Path, connection: sqlite3.Connection, row_id: Any) -> Row:
+    query = f"SELECT {', '.join(COLUMNS)} FROM systems WHERE id = ?"
+    try:
+        columns = connection.execute(query, (row_id,)).fetchone()
+    except sqlite3.Error as error:
+        raise shard_error(path, f"row {row_id}", f"SQLite says {error}", "a row that can be read") from error
+    if columns is None:
+        raise shard_error(path, f"row {row_id}", "is in the index only", "a row that can be read")
+    return _decoded(path, dict(zip(COLUMNS, columns, strict=True)))
 
 
 def _decoded(path: Path, row: dict[str, Any]) -> Row:

@@ -132,8 +132,8 @@ def _n_records(path: Path, file: LmdbFile) -> int:
     if length is None:
         return file.entries
     n_records = int(checked_array(path, "key length", _plain(load(length, f"{path}: key length")), (), np.int64))
-    if not 0 <= n_records < file.entries:
-        raise shard_error(path, "key length", f"is {n_records}", f"the number of records, {file.entries - 1} at most")
+    if not 0 <= n_records < 2 * file.entries:  # a missing record is reported by its key, but not any number of them
+        raise shard_error(path, "key length", f"is {n_records}", f"the number of records among {file.entries} keys")
     return n_records
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from math import prod
@@ -109,7 +110,9 @@ class _LoadStorage:
 
         if data[:2] == b"PK":  # storages are never zipped inside a pickle, and a zip file may unpack to anything
             raise pickle.UnpicklingError("a zip file where a storage is due")
-        return torch.load(io.BytesIO(data), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of protocols that it then refuses
+            return torch.load(io.BytesIO(data), weights_only=True)
 
 
 class _RebuildTensor:
