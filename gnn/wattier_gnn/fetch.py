@@ -201,7 +201,7 @@ def _receive(file: ReleaseFile, transfer: _Transfer, response: HTTPResponse, hav
     validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
     transfer.notes.write_text(json.dumps({"url": file.url, "validator": validator}), encoding="utf-8")
     on_progress(file.name, have, total)
-    while chunk := response.read(CHUNK_BYTES):
+    while chunk := response.read1(CHUNK_BYTES):  # what is there, not only whole chunks
         transfer.stream.write(chunk)
         transfer.stream.flush()
         have += len(chunk)

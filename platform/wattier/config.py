@@ -27,7 +27,7 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-SourceName = Literal["ani1x", "qm7x", "oc20", "oc22", "mptrj", "extxyz"]
+SourceName = Literal["ani1x", "qm7x", "oc20", "oc22", "mptrj", "extxyz", "ase_db"]
 
 
 class Section(BaseModel):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, JustifyMethod
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -186,31 +183,3 @@ def print_status(run: RunDir, console: Console) -> None:
         console.print(running)
     print_tiers(run, console)
     print_ledger(run, console)
-
-
-@contextmanager
-def byte_progress(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A function to be told (name, bytes so far, bytes in all): a bar in a terminal, else a line every tenth."""
-    if not console.is_terminal:
-        said: dict[str, int] = {}
-
-        def say(name: str, done: int, total: int | None) -> None:
-            tenth = 10 * done // total if total else done // 1_000_000_000
-            if said.get(name) != tenth:
-                said[name] = tenth
-                console.print(
-                    Text(f"{name}: {done / 1e6:,.1f} MB of {f'{total / 1e6:,.1f} MB' if total else 'unknown'}")
-                )
-
-        yield say
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        tasks: dict[str, Any] = {}
-
-        def show(name: str, done: int, total: int | None) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done, total=total)
-
-        yield show

@@ -30,7 +30,8 @@ def fetch(
     A download that was cut off goes on where it stopped: give the same command again. A file gets its name only when it
     is whole and has the published checksum; nothing that is there is overwritten.
     """
-    from wattier.console import byte_progress, make_console
+    from wattier.console import make_console
+    from wattier.data_console import byte_progress
     from wattier_gnn.datasets import READERS
     from wattier_gnn.fetch import choose_files, fetch, from_elsewhere, readable_folders
 
@@ -51,3 +52,36 @@ def fetch(
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None
+
+
+@data_app.command()
+def stats(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="STORE|CONFIG|RUN", help="A store, or the config or directory of a run that has one."),
+    ],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write figures, too: one page, no network.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, units in their names.")] = False,
+) -> None:
+    """Print what a store holds, by source: samples, removed ones, elements, atoms, edges, energies, forces.
+
+    Energies are less the composition reference, forces are norms on single atoms. Figures come from one pass in bounded
+    memory; quantiles are right to 1 %.
+    """
+    import json
+
+    from wattier.data_stats import find_store, stats_dict, stats_info
+
+    info = stats_info(find_store(target))
+    if as_json:
+        typer.echo(json.dumps(stats_dict(info), indent=2, allow_nan=False))
+    else:
+        from wattier.console import make_console
+        from wattier.data_console import print_stats
+
+        print_stats(info, make_console())
+    if html:
+        from wattier.data_plots import write_stats_page
+
+        write_stats_page(info, html)
+        typer.echo(f"Figures: {html}", err=as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from wattier_gnn.cleaning import CleaningReport, read_clean, removal_reason
-from wattier_gnn.datasets import READERS
+from wattier_gnn.datasets import READERS, json_stream
 from wattier_gnn.sample import layouts
 from wattier_gnn.structure import BadRecord, DataError, ShardError, Structure
 
@@ -177,6 +178,16 @@ def test_hdf5_that_announces_what_it_does_not_hold(tmp_path: Path) -> None:
     keys, (message,) = survey("ani1x", path)
     assert len(keys) == 8
     assert "announces 12,000,000,000,000 bytes of which 0 are stored" in message
+
+
+def test_hdf5_whose_chunks_unpack_to_gigabytes(tmp_path: Path) -> None:
+    path = write_good(tmp_path, "qm7x")
+    with h5py.File(path, "r+") as file:
+        group = file.create_group("7/Geom-m1-i1-c1-1")
+        group.create_dataset("atNUM", (10**8,), "i8", chunks=(10**8,), compression="gzip")
+    keys, (message,) = survey("qm7x", path)
+    assert len(keys) == 8
+    assert "is stored in chunks of 800,000,000 bytes" in message
 
 
 def test_hdf5_that_points_at_other_files(tmp_path: Path) -> None:
@@ -347,6 +358,25 @@ def test_mptrj_with_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = write_good(tmp_path, "mptrj")
     path.write_bytes(path.read_bytes().replace(b"mp-2", b"mp-\xff"))
     assert "cannot be read: 'utf-8'" in fails("mptrj", path)
+
+
+def test_packed_files_that_unpack_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "MOST_VALUE_CHARACTERS", 2 << 20)
+    text, document = tmp_path / "a.xyz.xz", tmp_path / "a.json.gz"
+    text.write_bytes(lzma.compress(GOOD_FRAME + b"1\n" + b" " * (40 << 20), preset=0))
+    document.write_bytes(gzip.compress(b'{"mp-1": {"a": [' + b"0," * (20 << 20), compresslevel=1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "goes on after" in fails("extxyz", text)
+    assert "has a value of more than" in fails("mptrj", document)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB
+
+
+@pytest.mark.parametrize("source", ["oc20", "oc22"])
+def test_two_layouts_in_a_folder_are_not_read_twice(source: str, tmp_path: Path) -> None:
+    write_good(tmp_path, source)
+    (tmp_path / "a.aselmdb").touch()
+    assert "must hold one layout" in fails(source, tmp_path, DataError)
+    assert len(READERS[source].shards(tmp_path / "a.aselmdb")) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

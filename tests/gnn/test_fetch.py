@@ -7,8 +7,11 @@ import hashlib
 import io
 import lzma
 import random
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,6 +39,7 @@ class Site(ThreadingHTTPServer):
         ranges: whether the server can resume.
         script: what happens to the next requests: a status, a number of bytes (negative) after which the connection
             is dropped, or a function called first.
+        stall_after: bytes after which nothing more comes, while this is set.
         asked: (path, Range, If-Range) of each request.
     """
 
@@ -44,6 +48,7 @@ class Site(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.etag, self.ranges = CONTENT, '"one"', True
+        self.stall_after: int | None = None
         self.script: list[int | Callable[[], None]] = []
         self.asked: list[tuple[str, str | None, str | None]] = []
 
@@ -87,6 +92,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", site.etag)
         self.end_headers()
         body = content[start:]
+        if site.stall_after is not None:
+            self.wfile.write(body[: site.stall_after])
+            while site.stall_after is not None:
+                time.sleep(0.01)
+            self.close_connection = True
+            return
         self.wfile.write(body[:-action] if action < 0 else body)
         if action < 0:
             self.wfile.flush()
@@ -162,6 +173,32 @@ def test_another_process_goes_on_where_one_was_killed(site: Site, tmp_path: Path
     assert 100_000 < n_bytes < len(CONTENT)
     assert fetch(release(site), tmp_path, ignore).path.read_bytes() == CONTENT
     assert ranges(site) == [None, f"bytes={n_bytes}-"]
+
+
+def test_a_process_that_was_killed_leaves_no_file(site: Site, tmp_path: Path) -> None:
+    site.stall_after = 150_000
+    arguments = f"ReleaseFile('a.h5', {site.url + 'a.h5'!r}, {len(CONTENT)}), Path({str(tmp_path)!r}), print"
+    script = f"from pathlib import Path; from wattier_gnn.fetch import *; fetching = fetch({arguments})"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    part = tmp_path / "a.h5.part"
+    try:
+        wait_until(lambda: part.exists() and part.stat().st_size >= site.stall_after, process)
+    finally:
+        process.kill()
+        process.wait()
+        site.stall_after = None
+    assert not (tmp_path / "a.h5").exists()
+    n_bytes = part.stat().st_size
+    assert fetch(release(site), tmp_path, ignore).path.read_bytes() == CONTENT
+    assert ranges(site)[-1] == f"bytes={n_bytes}-"
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_all_was_there_but_the_name(site: Site, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ase.data import chemical_symbols
+
 from wattier_gnn.datasets import ani1x, ase_db, extxyz, mptrj, oc20, oc22, qm7x
 from wattier_gnn.datasets.shard import Reader
 
@@ -15,4 +17,6 @@ READERS: Mapping[str, Reader] = MappingProxyType(
     }
 )
 
-__all__ = ["READERS", "Reader"]
+SYMBOLS: tuple[str, ...] = tuple(chemical_symbols)  # by atomic number; 0 is no element
+
+__all__ = ["READERS", "SYMBOLS", "Reader"]

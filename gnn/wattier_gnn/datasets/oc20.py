@@ -13,7 +13,16 @@ from pathlib import Path
 
 from wattier_gnn.datasets.extxyz import frame_structure, frame_texts
 from wattier_gnn.datasets.fairchem import Names, read_aselmdb, read_lmdb
-from wattier_gnn.datasets.shard import STREAM_ERRORS, Identity, Reader, find_shards, open_text, or_bad, shard_error
+from wattier_gnn.datasets.shard import (
+    STREAM_ERRORS,
+    Identity,
+    Reader,
+    find_shards,
+    one_layout,
+    open_text,
+    or_bad,
+    shard_error,
+)
 from wattier_gnn.structure import BadRecord, Structure
 
 NAMES = Names("oc20", "random{sid}", "random{sid}/frame{fid}")
@@ -22,8 +31,8 @@ MOST_ID_CHARACTERS = 64 << 20
 
 
 def shards(path: Path) -> list[Path]:
-    """The frame and LMDB files under `path` (see `find_shards`)."""
-    return find_shards(path, (".extxyz", ".extxyz.xz", ".lmdb", ".aselmdb"))
+    """The frame or LMDB files under `path` (see `find_shards`), all of one layout."""
+    return one_layout(path, find_shards(path, (".extxyz", ".extxyz.xz", ".lmdb", ".aselmdb")))
 
 
 def read(path: Path) -> Iterator[Structure | BadRecord]:

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wattier_gnn.datasets.fairchem import Names, read_aselmdb, read_lmdb, read_trajectory
-from wattier_gnn.datasets.shard import Reader, find_shards
+from wattier_gnn.datasets.shard import Reader, find_shards, one_layout
 from wattier_gnn.structure import BadRecord, Structure
 
 NAMES = Names("oc22", "{sid}", "{sid}/{fid}")
 
 
 def shards(path: Path) -> list[Path]:
-    """The LMDB and trajectory files under `path` (see `find_shards`)."""
-    return find_shards(path, (".lmdb", ".aselmdb", ".traj"))
+    """The LMDB or trajectory files under `path` (see `find_shards`), all of one layout."""
+    return one_layout(path, find_shards(path, (".lmdb", ".aselmdb", ".traj")))
 
 
 def read(path: Path) -> Iterator[Structure | BadRecord]:

@@ -93,6 +93,21 @@ def find_shards(path: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(found.values(), key=_natural_order)
 
 
+def one_layout(path: Path, files: list[Path]) -> list[Path]:
+    """`files`, when they are all of one layout: the same frames in two layouts would be read twice.
+
+    Raises:
+        DataError: they are not.
+    """
+    layouts = sorted({Path(_unpacked_name(file)).suffix for file in files})
+    if len(layouts) > 1:
+        raise DataError(
+            f"{path}: holds {' and '.join(f'*{layout}' for layout in layouts)}, but must hold one layout of a dataset: "
+            "the same frames would be read twice. Give one file, or a folder with one layout"
+        )
+    return files
+
+
 def shard_error(path: Path, inside: str, what_is: str, what_must_be: str) -> ShardError:
     """The one-line report of a file that cannot be used."""
     where = f"{path}: {inside}" if inside else str(path)
