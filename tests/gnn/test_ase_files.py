@@ -135,7 +135,7 @@ def test_a_picture_under_the_name(name: str, tmp_path: Path) -> None:
     [
         ("UPDATE systems SET positions = x'0011' WHERE id = 3", "positions"),
         ("UPDATE systems SET numbers = 'no' WHERE id = 3", "numbers"),
-        ("UPDATE systems SET numbers = zeroblob(400000000) WHERE id = 3", "SQLite says string or blob too big"),
+        ("UPDATE systems SET numbers = zeroblob(70000000) WHERE id = 3", "SQLite says string or blob too big"),
         ("UPDATE systems SET forces = zeroblob(24) WHERE id = 3", "forces"),
         ("UPDATE systems SET energy = 'low' WHERE id = 3", "energy"),
         ("UPDATE systems SET pbc = 99 WHERE id = 3", "pbc"),

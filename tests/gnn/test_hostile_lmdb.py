@@ -245,7 +245,7 @@ def test_the_file_reader_agrees_with_the_library(tmp_path: Path) -> None:
 def test_no_five_bytes_kill_the_reader(path: Path, tmp_path: Path) -> None:
     sound, damaged = path.read_bytes(), tmp_path / "damaged.lmdb"
     n_read = 0
-    for seed in range(200):
+    for seed in range(120):
         rng, data = random.Random(seed), bytearray(sound)
         for _ in range(5):
             data[rng.choice([rng.randrange(len(data)), rng.randrange(3 * 4096)])] = rng.randrange(256)
@@ -254,7 +254,7 @@ def test_no_five_bytes_kill_the_reader(path: Path, tmp_path: Path) -> None:
             n_read += sum(isinstance(record, Structure) for record in READERS["oc22"].read(damaged))
         except DataError as error:
             assert str(damaged) in str(error)
-    assert n_read > 100
+    assert n_read > 60
 
 
 def test_pages_in_a_circle(path: Path) -> None:
