@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from wattier_gnn.datasets import Reader
-from wattier_gnn.structure import ShardError, Structure
+from wattier_gnn.structure import BadRecord, ShardError, Structure
 
 HEAVIEST_ELEMENT = 118
 
@@ -98,6 +98,9 @@ def read_clean(
     for shard in reader.shards(path):
         try:
             for structure in reader.read(shard):
+                if isinstance(structure, BadRecord):
+                    report.count(reader.name, "unreadable record")
+                    continue
                 reason = removal_reason(structure, max_force_ev_per_angstrom)
                 report.count(reader.name, reason)
                 if reason is None:

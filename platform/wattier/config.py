@@ -26,7 +26,7 @@ from wattier.errors import UserError, did_you_mean
 from wattier.strict_yaml import read_yaml
 
 PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-SourceName = Literal["ani1x", "qm7x", "oc20", "oc22", "mptrj", "extxyz"]
+SourceName = Literal["ani1x", "qm7x", "oc20", "oc22", "mptrj", "extxyz", "ase_db"]
 
 
 class SplitSection(Section):

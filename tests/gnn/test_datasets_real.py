@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import lzma
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import pytest
 from ase.io import read as ase_read
 
 from wattier_gnn.datasets import READERS
-from wattier_gnn.structure import Structure
+from wattier_gnn.structure import BadRecord, Structure
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 HARTREE_EV = 27.211386245988
@@ -25,9 +27,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@cache
 def structures(name: str, inside: str) -> list[Structure]:
     reader = READERS[name]
-    return [structure for shard in reader.shards(REAL / inside) for structure in reader.read(shard)]
+    found = [record for shard in reader.shards(REAL / inside) for record in reader.read(shard)]
+    assert not [record for record in found if isinstance(record, BadRecord)]
+    return [record for record in found if isinstance(record, Structure)]
 
 
 def largest_forces(found: list[Structure]) -> Any:
@@ -58,6 +63,8 @@ class Counts(NamedTuple):
         ("extxyz", "mptrj/mptrj-random-1k.xyz.xz", Counts(1000, 0, 2, 192, None)),
         ("extxyz", "mptrj/mptrj-highest-stress-1k.xyz.xz", Counts(1000, 23, 1, 120, None)),
         ("extxyz", "oc22_s2ef", Counts(33, 0, 44, 146, None)),
+        ("oc22", "oc22_s2ef/oc22_33.aselmdb", Counts(33, 0, 44, 146, 33)),
+        ("ase_db", "oc22_s2ef/oc22_33.aselmdb", Counts(33, 0, 44, 146, None)),
     ],
 )
 def test_counts_equal_those_of_the_collection(name: str, inside: str, counts: Counts) -> None:
@@ -149,3 +156,67 @@ def test_mptrj_positions_of_skew_cells_equal_the_given_ones() -> None:
         assert structure.cell_angstrom is not None
         skew += not np.allclose(structure.cell_angstrom, structure.cell_angstrom.T, atol=1e-3)
     assert skew > 100  # a transposed lattice would not go unnoticed
+
+
+def test_the_rows_of_an_aselmdb_equal_the_converted_file() -> None:
+    converted: Any = ase_read(REAL / "oc22_s2ef" / "oc22_33.extxyz", index=":")
+    by_system = {(atoms.info["sid"], atoms.info["fid"]): atoms for atoms in converted}
+    for structure in structures("oc22", "oc22_s2ef/oc22_33.aselmdb"):
+        system, frame = structure.key.split("/")
+        atoms = by_system[int(system), int(frame)]
+        assert structure.group == system
+        assert structure.energy_ev == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+        np.testing.assert_array_equal(structure.numbers, atoms.numbers)
+        np.testing.assert_allclose(structure.positions_angstrom, atoms.positions, atol=1e-7)
+        assert structure.cell_angstrom is not None
+        assert structure.forces_ev_per_angstrom is not None
+        np.testing.assert_allclose(structure.cell_angstrom, atoms.cell.array, atol=1e-7)
+        np.testing.assert_allclose(structure.forces_ev_per_angstrom, atoms.get_forces(), atol=1e-7)
+
+
+def test_mptrj_equals_the_same_frames_in_another_file() -> None:
+    others: dict[str, Any] = {}
+    for name in ("mptrj-random-1k", "mptrj-highest-stress-1k"):
+        text = lzma.decompress((REAL / "mptrj" / f"{name}.xyz.xz").read_bytes()).decode()
+        frames: Any = ase_read(io.StringIO(text), index=":", format="extxyz")
+        others |= {str(atoms.info["mptrj_snapshot_id"]): atoms for atoms in frames}
+    compared = 0
+    for structure in structures("mptrj", "mptrj"):
+        atoms = others.get(structure.key)
+        if atoms is None:
+            continue
+        compared += 1
+        assert structure.group == atoms.info["mptrj_traj_id"]
+        np.testing.assert_array_equal(structure.numbers, atoms.numbers)
+        assert structure.cell_angstrom is not None
+        assert structure.forces_ev_per_angstrom is not None
+        np.testing.assert_allclose(structure.cell_angstrom, atoms.cell.array, atol=1e-5)
+        np.testing.assert_allclose(structure.positions_angstrom, atoms.positions, atol=1e-4)
+        np.testing.assert_allclose(
+            structure.forces_ev_per_angstrom, atoms.get_forces(apply_constraint=False), atol=1e-5
+        )
+    assert compared > 200
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "farthest_angstrom", "pairs"),
+    [("ani1x", "ani1x", 0.3, 200), ("qm7x", "qm7x", 0.3, 40), ("oc20", "oc20_s2ef", 0.05, 1000)],
+)
+def test_energies_fall_along_the_forces(name: str, inside: str, farthest_angstrom: float, pairs: int) -> None:
+    """The trapezoidal rule between neighbouring geometries: units and sign of forces agree with those of energies."""
+    rises, works = [], []
+    found = structures(name, inside)
+    for first, second in pairwise(found):
+        if first.group != second.group or not np.array_equal(first.numbers, second.numbers):
+            continue
+        step = second.positions_angstrom - first.positions_angstrom
+        if not 1e-6 < np.abs(step).max() < farthest_angstrom:
+            continue
+        assert first.forces_ev_per_angstrom is not None
+        assert second.forces_ev_per_angstrom is not None
+        rises.append(second.energy_ev - first.energy_ev)
+        works.append(-0.5 * float(np.sum((first.forces_ev_per_angstrom + second.forces_ev_per_angstrom) * step)))
+    assert len(rises) > pairs
+    slope = np.dot(rises, works) / np.dot(works, works)
+    assert slope == pytest.approx(1.0, abs=0.05)
+    assert np.corrcoef(rises, works)[0, 1] > 0.99

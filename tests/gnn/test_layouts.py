@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from ase.io import read as ase_read
 
-from wattier_gnn.datasets import READERS, mptrj
+from wattier_gnn.datasets import READERS, json_stream
 from wattier_gnn.sample import layouts
 from wattier_gnn.structure import Structure
 
@@ -145,7 +145,7 @@ def test_oc22_records_are_pickled_as_the_released_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [50, 1 << 20])
 def test_mptrj(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(mptrj, "CHUNK_CHARACTERS", chunk)  # small: a material spans many chunks
+    monkeypatch.setattr(json_stream, "CHUNK_CHARACTERS", chunk)  # small: a frame spans many chunks
     expected = [make("mptrj", f"mp-{n // 2}", f"mp-{n // 2}-0-{n}", n) for n in range(4)]
     layouts.write_mptrj(tmp_path / "a.json", expected)
     read_back("mptrj", tmp_path, expected, atol=1e-7)

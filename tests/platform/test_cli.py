@@ -20,7 +20,20 @@ from wattier_gnn.sample import SAMPLE_FOLDER
 from wattier_gnn.structure import DataError
 
 REPOSITORY = Path(__file__).parents[2]
-VERBS = ["config", "doctor", "evaluate", "export", "report", "run", "search", "select", "status", "telemetry", "train"]
+VERBS = [
+    "config",
+    "data",
+    "doctor",
+    "evaluate",
+    "export",
+    "report",
+    "run",
+    "search",
+    "select",
+    "status",
+    "telemetry",
+    "train",
+]
 CONFIG_VERBS = ["params", "schema", "show"]
 HEAVY = ["torch", "ray", "optuna", "pydantic", "numpy", "h5py", "ase", "plotly"]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import partial
 from io import StringIO
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from ase import Atoms
@@ -14,15 +15,28 @@ from ase.io.extxyz import read_xyz
 from numpy.typing import NDArray
 
 from wattier_gnn.datasets.shard import (
+    MOST_ATOMS,
+    MOST_RECORD_BYTES,
     STREAM_ERRORS,
+    Identity,
     Reader,
     cell_or_none,
     checked_array,
     find_shards,
-    open_text,
+    open_binary,
+    or_bad,
     shard_error,
 )
-from wattier_gnn.structure import Structure
+from wattier_gnn.structure import BadRecord, Structure
+
+LONGEST_LINE_BYTES = 1 << 20
+MOST_COLUMNS = 1000
+
+_COLUMN_COUNTS = re.compile(r":(\d+)(?=[:\s\"']|$)")
+_PARSER_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RuntimeError, AssertionError,
+    ArithmeticError, MemoryError,
+)  # fmt: skip
 
 
 def shards(path: Path) -> list[Path]:
@@ -30,33 +44,93 @@ def shards(path: Path) -> list[Path]:
     return find_shards(path, (".extxyz", ".xyz", ".extxyz.xz", ".xyz.xz", ".extxyz.gz", ".xyz.gz"))
 
 
-def read(path: Path) -> Iterator[Structure]:
+def read(path: Path) -> Iterator[Structure | BadRecord]:
     """All frames; ``group=...`` in the comment line names the group, the formula does otherwise.
 
     Raises:
-        ShardError: the file is truncated, malformed, or a frame has no energy.
+        ShardError: the file is truncated, or has no number of atoms where one is due.
     """
-    for index, atoms in enumerate(iterate_frames(path)):
-        energy_ev, forces = labels(path, index, atoms)
-        yield Structure(
-            numbers=atoms.numbers.astype(np.int64),
-            positions_angstrom=atoms.positions.astype(np.float64),
-            cell_angstrom=cell_or_none(np.array(atoms.cell, dtype=np.float64)),
-            pbc=tuple(atoms.pbc.tolist()),
-            energy_ev=energy_ev,
-            forces_ev_per_angstrom=forces,
-            source="extxyz",
-            group=str(atoms.info.get("group", atoms.symbols.get_chemical_formula())),
-            key=f"{path.name}/{index}",
-        )
+    for index, text in enumerate(frame_texts(path)):
+        yield or_bad(partial(frame_structure, path, index, text, Identity("extxyz", None, f"{path.name}/{index}")))
 
 
-def labels(path: Path, index: int, atoms: Atoms) -> tuple[float, NDArray[np.float64] | None]:
-    """The energy [eV] and forces [N, 3] [eV/Å] of a frame, raw: constraints do not zero the forces of fixed atoms.
+def frame_structure(path: Path, index: int, text: bytes, identity: Identity) -> Structure:
+    """The structure of one frame with its energy and forces, raw: constraints do not zero those of fixed atoms.
+
+    Args:
+        path: the file, for messages.
+        index: which frame, for messages.
+        text: the frame.
+        identity: what it is to be called.
 
     Raises:
-        ShardError: there is no energy, or a label has the wrong shape.
+        ShardError: the frame cannot be parsed, has no energy, or a label has the wrong shape.
     """
+    atoms = _parse(path, index, text)
+    energy_ev, forces = _labels(path, index, atoms)
+    named = atoms.info.get("group", atoms.symbols.get_chemical_formula())
+    return Structure(
+        numbers=atoms.numbers.astype(np.int64),
+        positions_angstrom=atoms.positions.astype(np.float64),
+        cell_angstrom=cell_or_none(np.array(atoms.cell, dtype=np.float64)),
+        pbc=tuple(atoms.pbc.tolist()),
+        energy_ev=energy_ev,
+        forces_ev_per_angstrom=forces,
+        source=identity.source,
+        group=str(named) if identity.group is None else identity.group,
+        key=identity.key,
+    )
+
+
+def frame_texts(path: Path) -> Iterator[bytes]:
+    """The text of each frame: the line with the number of atoms, the comment line, one line an atom.
+
+    Raises:
+        ShardError: the file ends within a frame, cannot be unpacked, or has no number where one is due.
+    """
+    index = 0
+    try:
+        with open_binary(path) as stream:
+            while (first := stream.readline(LONGEST_LINE_BYTES)).strip():
+                yield first + b"".join(_frame_lines(path, index, stream, first))
+                index += 1
+    except STREAM_ERRORS as error:
+        raise shard_error(path, f"frame {index}", f"cannot be read: {error}", "a whole file") from error
+
+
+def _frame_lines(path: Path, index: int, stream: BinaryIO, first: bytes) -> Iterator[bytes]:
+    inside = f"frame {index}"
+    n_atoms = int(first) if first.strip().isdigit() and len(first) < 100 else -1
+    if n_atoms < 0:
+        raise shard_error(path, inside, f"starts with {first[:40]!r}", "a number of atoms")
+    if n_atoms > MOST_ATOMS:
+        raise shard_error(path, inside, f"announces {n_atoms:,} atoms", f"of {MOST_ATOMS:,} at most")
+    size = 0
+    for number in range(n_atoms + 1):
+        line = stream.readline(LONGEST_LINE_BYTES)
+        size += len(line)
+        # A blank line where an atom is due: the frame that follows would be taken for atoms of this one.
+        if not line or (number == n_atoms > 0 and not line.strip()):
+            raise shard_error(path, inside, f"ends after {number} of {n_atoms + 1} lines", "whole")
+        if len(line) == LONGEST_LINE_BYTES or size > MOST_RECORD_BYTES:
+            raise shard_error(path, inside, f"goes on after {size:,} bytes", "shorter")
+        yield line
+
+
+def _parse(path: Path, index: int, text: bytes) -> Atoms:
+    inside, must_be = f"frame {index}", "an extended XYZ frame"
+    comment = text.split(b"\n", 2)[1]
+    if (n_columns := sum(int(n[:9]) for n in _COLUMN_COUNTS.findall(comment.decode("latin-1")))) > MOST_COLUMNS:
+        raise shard_error(path, inside, f"announces {n_columns:,} columns", f"of {MOST_COLUMNS:,} at most")
+    try:
+        # One frame at a time: given the file, ASE seeks back after each frame, which unpacks an xz file anew
+        # (measured on 1,313 frames of OC20: over a minute instead of 0.7 s).
+        return next(read_xyz(StringIO(text.decode("utf-8")), index=slice(None)))
+    except _PARSER_ERRORS as error:
+        raise shard_error(path, inside, f"ASE says {error!r}", must_be) from error
+
+
+def _labels(path: Path, index: int, atoms: Atoms) -> tuple[float, NDArray[np.float64] | None]:
     results: dict[str, Any] = atoms.calc.results if atoms.calc is not None else {}
     if "energy" not in results:
         raise shard_error(path, f"frame {index}", "has no energy", "labelled: energy=<eV> in the comment line")
@@ -65,44 +139,6 @@ def labels(path: Path, index: int, atoms: Atoms) -> tuple[float, NDArray[np.floa
         return float(energy), None
     forces = checked_array(path, f"frame {index}: forces", results["forces"], (len(atoms), 3), np.float64)
     return float(energy), forces
-
-
-def iterate_frames(path: Path) -> Iterator[Atoms]:
-    """The frames one by one, parsed by ASE.
-
-    Raises:
-        ShardError: the file is truncated or a frame cannot be parsed.
-    """
-    for index, text in enumerate(frame_texts(path)):
-        try:
-            # One frame at a time: given the file, ASE seeks back after each frame, which unpacks an xz file anew
-            # (measured on 1,313 frames of OC20: over a minute instead of 0.7 s).
-            yield next(read_xyz(StringIO(text), index=slice(None)))
-        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
-            raise shard_error(path, f"frame {index}", f"ASE says {error!r}", "an extended XYZ frame") from error
-
-
-def frame_texts(path: Path) -> Iterator[str]:
-    """The text of each frame: the line with the number of atoms, the comment line, one line an atom.
-
-    Raises:
-        ShardError: the file ends within a frame, cannot be unpacked, or has no number where one is due.
-    """
-    index = 0
-    try:
-        with open_text(path) as stream:
-            while (first := stream.readline()).strip():
-                n_atoms = int(first) if first.strip().isdecimal() else -1
-                if n_atoms < 0:
-                    raise shard_error(path, f"frame {index}", f"starts with {first[:40]!r}", "a number of atoms")
-                lines = list(islice(stream, n_atoms + 1))
-                if len(lines) < n_atoms + 1 or (n_atoms > 0 and not lines[-1].strip()):
-                    is_so = f"ends after {len(lines)} of {n_atoms + 1} lines"
-                    raise shard_error(path, f"frame {index}", is_so, "whole")
-                yield first + "".join(lines)
-                index += 1
-    except STREAM_ERRORS as error:
-        raise shard_error(path, f"frame {index}", f"cannot be read: {error}", "a whole file") from error
 
 
 READER = Reader("extxyz", shards, read, "energy (total, eV) and forces (eV/Å) as written in the file")

@@ -1,51 +1,60 @@
-"""OC20 S2EF as released: ``N.extxyz.xz`` with the frames and ``N.txt.xz`` with one line of ids a frame.
+"""OC20 S2EF in both its layouts: ``N.extxyz.xz`` with ``N.txt.xz`` (the release), and what fairchem makes of it.
 
-Chanussot et al., "Open Catalyst 2020 (OC20) dataset and community challenges", ACS Catal. 11, 6059 (2021).
+The release has the frames in the one file and a line of ids a frame in the other; fairchem's preprocessing turns them
+into LMDB files. Chanussot et al., "Open Catalyst 2020 (OC20) dataset and community challenges", ACS Catal. 11, 6059
+(2021).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+from wattier_gnn.datasets.extxyz import frame_structure, frame_texts
+from wattier_gnn.datasets.fairchem import Names, read_aselmdb, read_lmdb
+from wattier_gnn.datasets.shard import (
+    STREAM_ERRORS,
+    Identity,
+    Reader,
+    find_shards,
+    one_layout,
+    open_text,
+    or_bad,
+    shard_error,
+)
+from wattier_gnn.structure import BadRecord, Structure
 
-from wattier_gnn.datasets.extxyz import frame_texts, iterate_frames, labels
-from wattier_gnn.datasets.shard import STREAM_ERRORS, Reader, cell_or_none, find_shards, open_text, shard_error
-from wattier_gnn.structure import Structure
+NAMES = Names("oc20", "random{sid}", "random{sid}/frame{fid}")
+# A line of ids is 40 characters long, and a shard of the release has 5,000 of them.
+MOST_ID_CHARACTERS = 64 << 20
 
 
 def shards(path: Path) -> list[Path]:
-    """The frame files under `path` (see `find_shards`)."""
-    return find_shards(path, (".extxyz", ".extxyz.xz"))
+    """The frame or LMDB files under `path` (see `find_shards`), all of one layout."""
+    return one_layout(path, find_shards(path, (".extxyz", ".extxyz.xz", ".lmdb", ".aselmdb")))
 
 
-def read(path: Path) -> Iterator[Structure]:
-    """All frames of a shard; a shard that is damaged or does not match its ids yields none at all.
-
-    The released 20M split holds shards with fewer frames than ids. Which id belongs to which frame is then unknown, and
-    with it the system a frame must not be split from, so frames and ids are counted before the first one is parsed.
+def read(path: Path) -> Iterator[Structure | BadRecord]:
+    """All frames of a shard; one whose frames and ids differ in number yields none at all.
 
     Raises:
         ShardError: the shard is truncated, or its frames and ids differ in number.
     """
+    if path.suffix == ".lmdb":
+        return read_lmdb(path, NAMES)
+    return read_aselmdb(path, NAMES) if path.suffix == ".aselmdb" else _read_frames(path)
+
+
+def _read_frames(path: Path) -> Iterator[Structure | BadRecord]:
+    # The released 20M split holds shards with fewer frames than ids. Which id belongs to which frame is then unknown,
+    # and with it the system a frame must not be split from: they are counted before the first one is parsed.
     ids = _read_ids(path)
     n_frames = sum(1 for _ in frame_texts(path))
     if n_frames != len(ids):
         raise shard_error(path, "", f"has {n_frames} frames for {len(ids)} lines of ids", "a shard with one id a frame")
-    for index, (atoms, (system, frame)) in enumerate(zip(iterate_frames(path), ids, strict=True)):
-        energy_ev, forces = labels(path, index, atoms)
-        yield Structure(
-            numbers=atoms.numbers.astype(np.int64),
-            positions_angstrom=atoms.positions.astype(np.float64),
-            cell_angstrom=cell_or_none(np.array(atoms.cell, dtype=np.float64)),
-            pbc=tuple(atoms.pbc.tolist()),
-            energy_ev=energy_ev,
-            forces_ev_per_angstrom=forces,
-            source="oc20",
-            group=system,
-            key=f"{system}/{frame}",
-        )
+    for index, (text, (system, frame)) in enumerate(zip(frame_texts(path), ids, strict=True)):
+        yield or_bad(partial(frame_structure, path, index, text, Identity("oc20", system, f"{system}/{frame}")))
 
 
 def _read_ids(path: Path) -> list[tuple[str, str]]:
@@ -59,7 +68,10 @@ def _read_ids(path: Path) -> list[tuple[str, str]]:
         )
     try:
         with open_text(beside) as stream:
-            lines = stream.read().splitlines()
+            text = stream.read(MOST_ID_CHARACTERS + 1)
+        if len(text) > MOST_ID_CHARACTERS:
+            raise shard_error(beside, "", f"has more than {MOST_ID_CHARACTERS:,} characters", "lines of ids")
+        lines = text.splitlines()
     except STREAM_ERRORS as error:
         raise shard_error(beside, "", f"cannot be read: {error}", "a whole file") from error
     ids = []
@@ -72,5 +84,12 @@ def _read_ids(path: Path) -> list[tuple[str, str]]:
 
 
 READER = Reader(
-    "oc20", shards, read, "energy (DFT total, eV, no reference subtracted) and raw forces, of fixed atoms too"
+    "oc20",
+    shards,
+    read,
+    "energy (DFT total, eV, no reference subtracted) and raw forces, of fixed atoms too; of LMDB files the energy that "
+    "the preprocessing wrote (y or `energy`: with --ref-energy it is the adsorption energy)",
+    method="RPBE (VASP), alloy slabs with adsorbates",
+    licence="CC-BY-4.0",
+    citation="Chanussot et al., ACS Catal. 11, 6059 (2021), doi:10.1021/acscatal.0c04525",
 )

@@ -1,16 +1,20 @@
 """Pickled torch_geometric records read without running what a pickle asks to run.
 
 A pickle is a program: it may call any function it names. Here it may name only what rebuilds tensors and arrays; a
-class of torch_geometric becomes an inert `Record`, so that the package need not be installed.
+class of torch_geometric becomes an inert `Record`, so that the package need not be installed. Neither may it change
+what it names (later pickles use it too), nor make the unpickler or torch allocate what it merely announces.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from math import prod
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy._core.multiarray import _reconstruct
@@ -18,10 +22,19 @@ from numpy._core.multiarray import _reconstruct
 from wattier_gnn.structure import DataError, ShardError
 
 # What the C unpickler and tensor rebuilding raise on bytes that are no pickle or the wrong one.
-_DAMAGED = (EOFError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+_DAMAGED = (
+    EOFError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+_MEMO_WRITES = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 
-class Record:
+class _Unchangeable(type):
+    def __setattr__(cls, name: str, value: Any) -> NoReturn:
+        raise TypeError(f"{cls.__name__}.{name} must not be set")
+
+
+class Record(metaclass=_Unchangeable):
     """Stands in for any torch_geometric object: holds its attributes, does nothing."""
 
 
@@ -41,6 +54,7 @@ def load(data: bytes, where: str) -> Any:
         ShardError: the bytes are no whole pickle.
     """
     try:
+        _check_memo(data)
         return _Unpickler(io.BytesIO(data)).load()
     except _ForbiddenGlobalError as error:
         raise DataError(
@@ -70,30 +84,61 @@ def load_record(data: bytes, where: str) -> Mapping[str, Any]:
     return fields
 
 
+def _check_memo(data: bytes) -> None:
+    """Refuse a memo larger than the pickle: the unpickler would fill gigabytes for one small number."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in _MEMO_WRITES and not 0 <= int(argument or 0) <= len(data):
+            raise pickle.UnpicklingError(f"memo entry {argument} in {len(data)} bytes")
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch_geometric" or module.startswith("torch_geometric."):
             return Record
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _load_storage
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            from torch._utils import _rebuild_tensor_v2
-
-            return _rebuild_tensor_v2
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         raise _ForbiddenGlobalError(f"{module}.{name}")
 
 
-def _load_storage(data: bytes) -> Any:
+class _LoadStorage:
     """What ``torch.storage._load_from_bytes`` does, less its permission to run code."""
-    import torch
 
-    return torch.load(io.BytesIO(data), weights_only=True)
+    __slots__ = ()  # an object of no attributes: a pickle cannot change it
+
+    def __call__(self, data: bytes) -> Any:
+        import torch
+
+        if data[:2] == b"PK":  # storages are never zipped inside a pickle, and a zip file may unpack to anything
+            raise pickle.UnpicklingError("a zip file where a storage is due")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of protocols that it then refuses
+            return torch.load(io.BytesIO(data), weights_only=True)
+
+
+class _RebuildTensor:
+    """What ``torch._utils._rebuild_tensor_v2`` does, but the storage must hold what the tensor announces.
+
+    Torch would enlarge the storage to any size asked for, and stretch one number to any shape with strides of 0.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_unused: Any) -> Any:
+        import torch
+
+        if not isinstance(storage, torch.storage.TypedStorage):
+            raise pickle.UnpicklingError(f"a tensor on a {type(storage).__name__}")
+        available = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+        if offset < 0 or min((*size, *stride), default=0) < 0 or offset + prod(size) > available:
+            raise pickle.UnpicklingError(f"a tensor {list(size)} on {available} numbers")
+        flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, (available - offset,), (1,))
+        return flat.as_strided(size, stride)
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("torch.storage", "_load_from_bytes"): _LoadStorage(),
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,

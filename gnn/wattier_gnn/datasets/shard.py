@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from wattier_gnn.structure import DataError, ShardError, Structure
+from wattier_gnn.structure import BadRecord, DataError, ShardError, Structure
 
 COMPRESSIONS = (".xz", ".gz")
+# No released structure has a thousand atoms; a file that announces more than this is damaged, or wants our memory.
+MOST_ATOMS = 1_000_000
+# No record of a release is near this large; what unpacks to more is a bomb.
+MOST_RECORD_BYTES = 64 << 20
 
 # What a damaged or truncated stream raises under lzma, gzip and text decoding (UnicodeDecodeError is a ValueError).
 STREAM_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError)
@@ -30,14 +34,35 @@ class Reader(NamedTuple):
     Attributes:
         name: the dataset's name, which becomes ``Structure.source``.
         shards: the files of a dataset, given one file or their folder, in a fixed order.
-        read: the structures of one file. May raise ShardError after having yielded some; those are sound.
-        energy: which of the dataset's energies and forces are taken, in words.
+        read: the structures of one file, and in the place of one that is damaged a BadRecord. Raises ShardError where
+            the file cannot be read on; what it has yielded until then is sound.
+        energy: which of the dataset's energies and forces are taken, in words; they belong together.
+        method: the level of theory; None where every file may have another.
+        licence: of the release; None where it is not known.
+        citation: what to cite; None where it is not known.
     """
 
     name: str
     shards: Callable[[Path], list[Path]]
-    read: Callable[[Path], Iterator[Structure]]
+    read: Callable[[Path], Iterator[Structure | BadRecord]]
     energy: str
+    method: str | None = None
+    licence: str | None = None
+    citation: str | None = None
+
+
+class Identity(NamedTuple):
+    """What a structure is to be called.
+
+    Attributes:
+        source: name of the dataset.
+        group: see ``Structure.group``; None for the one the record itself names, or its chemical formula.
+        key: names the structure within its source.
+    """
+
+    source: str
+    group: str | None
+    key: str
 
 
 def find_shards(path: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -53,7 +78,8 @@ def find_shards(path: Path, suffixes: Sequence[str]) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path}: does not exist, but must be a file or a folder of {wanted}. Check the path")
+        what_is = "is neither file nor folder" if path.is_symlink() or path.exists() else "does not exist"
+        raise DataError(f"{path}: {what_is}, but must be a file or a folder of {wanted}. Check the path")
     found: dict[str, Path] = {}
     for suffix in sorted(suffixes, key=lambda suffix: suffix.endswith(COMPRESSIONS)):
         for file in path.glob(f"*{suffix}"):
@@ -67,6 +93,21 @@ def find_shards(path: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(found.values(), key=_natural_order)
 
 
+def one_layout(path: Path, files: list[Path]) -> list[Path]:
+    """`files`, when they are all of one layout: the same frames in two layouts would be read twice.
+
+    Raises:
+        DataError: they are not.
+    """
+    layouts = sorted({Path(_unpacked_name(file)).suffix for file in files})
+    if len(layouts) > 1:
+        raise DataError(
+            f"{path}: holds {' and '.join(f'*{layout}' for layout in layouts)}, but must hold one layout of a dataset: "
+            "the same frames would be read twice. Give one file, or a folder with one layout"
+        )
+    return files
+
+
 def shard_error(path: Path, inside: str, what_is: str, what_must_be: str) -> ShardError:
     """The one-line report of a file that cannot be used."""
     where = f"{path}: {inside}" if inside else str(path)
@@ -76,8 +117,16 @@ def shard_error(path: Path, inside: str, what_is: str, what_must_be: str) -> Sha
     )
 
 
+def or_bad(make: Callable[[], Structure]) -> Structure | BadRecord:
+    """What `make` returns, or its complaint about the record it was to be made of."""
+    try:
+        return make()
+    except DataError as error:
+        return BadRecord(str(error))
+
+
 def checked_array(path: Path, inside: str, value: Any, shape: Shape, dtype: type[np.generic]) -> NDArray[Any]:
-    """`value` as an array of `dtype` and `shape`; a word in `shape` stands for any length.
+    """`value` as an array of `dtype` and `shape`; a word in `shape` stands for any length up to `MOST_ATOMS`.
 
     Raises:
         ShardError: not numeric, another shape, or numbers that are no integers where integers are due.
@@ -85,70 +134,35 @@ def checked_array(path: Path, inside: str, value: Any, shape: Shape, dtype: type
     must_be = f"numbers [{', '.join(map(str, shape))}]"
     try:
         array = np.asarray(value)
-        if array.dtype == object:  # JSON null among numbers
+        # Before any copy is made: an array that is a view of one number may announce any shape.
+        fits = array.ndim == len(shape) and all(
+            length <= MOST_ATOMS if isinstance(due, str) else due == length
+            for due, length in zip(shape, array.shape, strict=True)
+        )
+        if array.dtype == object and fits:  # JSON null among numbers
             array = array.astype(np.float64)
-    except (ValueError, TypeError) as error:
-        raise shard_error(path, inside, str(error), must_be) from error
-    fits = array.ndim == len(shape) and all(
-        isinstance(due, str) or due == length for due, length in zip(shape, array.shape, strict=True)
-    )
+    except (ValueError, TypeError, MemoryError, OverflowError, RecursionError) as error:
+        raise shard_error(path, inside, str(error) or type(error).__name__, must_be) from error
     if array.dtype.kind not in "iuf" or not fits:
         raise shard_error(path, inside, f"is {array.dtype} {list(array.shape)}", must_be)
     if np.issubdtype(dtype, np.integer) and array.dtype.kind == "f" and not (array == np.rint(array)).all():
         raise shard_error(path, inside, "holds fractions or NaN", f"whole {must_be}")
-    return array.astype(dtype, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):  # 1e300 as an atomic number: cleaning sees nonsense, not a crash
+        return array.astype(dtype, copy=False)
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    """The file, opened for reading.
-
-    Raises:
-        ShardError: HDF5 cannot open it (truncated, or no HDF5 at all).
-    """
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise shard_error(path, "", f"HDF5 says {error}", "a whole HDF5 file") from error
-
-
-def hdf5_group(path: Path, parent: h5py.Group, name: str) -> h5py.Group:
-    """The group `name` inside `parent`.
-
-    Raises:
-        ShardError: it is something else or cannot be read.
-    """
-    inside = f"{parent.name.rstrip('/')}/{name}"
-    try:
-        group = parent[name]
-    except (KeyError, OSError, RuntimeError) as error:
-        raise shard_error(path, inside, f"HDF5 says {error}", "a group") from error
-    if not isinstance(group, h5py.Group):
-        raise shard_error(path, inside, f"is a {type(group).__name__}", "a group")
-    return group
-
-
-def hdf5_array(path: Path, group: h5py.Group, name: str, shape: Shape, dtype: type[np.generic]) -> NDArray[Any]:
-    """The dataset `name` of `group`, checked as by `checked_array`.
-
-    Raises:
-        ShardError: it is missing, cannot be read, or has another shape or type.
-    """
-    inside = f"{group.name}/{name}"
-    try:
-        values = group[name][()]
-    except (KeyError, OSError, RuntimeError, AttributeError, TypeError) as error:
-        must_be = f"a dataset [{', '.join(map(str, shape))}]"
-        raise shard_error(path, inside, f"HDF5 says {error}", must_be) from error
-    return checked_array(path, inside, values, shape, dtype)
+def open_binary(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked on the way when its name ends in .xz or .gz."""
+    if path.suffix == ".xz":
+        return cast(BinaryIO, lzma.open(path, "rb"))
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return path.open("rb")
 
 
 def open_text(path: Path) -> TextIO:
-    """The file as text, unpacked on the way when its name ends in .xz or .gz."""
-    if path.suffix == ".xz":
-        return cast(TextIO, lzma.open(path, "rt", encoding="utf-8"))
-    if path.suffix == ".gz":
-        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8"))
-    return path.open(encoding="utf-8")
+    """The file as text in UTF-8, unpacked as by `open_binary`."""
+    return io.TextIOWrapper(open_binary(path), encoding="utf-8")
 
 
 def cell_or_none(cell: NDArray[np.float64]) -> NDArray[np.float64] | None:

@@ -1,0 +1,87 @@
+"""Packed files of releases, unpacked whole or not at all: xz and gzip, of one file or of a tar archive."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from wattier_gnn.structure import DataError
+
+_BLOCK_BYTES = 1 << 20
+_TAR_MAGIC_AT, _TAR_MAGIC = 257, b"ustar"
+_DAMAGE = (lzma.LZMAError, zlib.error, gzip.BadGzipFile, tarfile.TarError, EOFError)
+
+
+def unpack(packed: Path, target: Path) -> Path:
+    """Unpack `packed` into `target`: a folder for a tar archive, a file otherwise; what it is, its bytes tell.
+
+    Raises:
+        DataError: it is damaged, an archive holds what must not be unpacked (links, devices, paths that leave the
+            folder), or the disk has less room than the packed file takes.
+    """
+    free, size = shutil.disk_usage(target.parent).free, packed.stat().st_size
+    if free < size:
+        raise DataError(
+            f"{target.parent}: has {free / 1e9:.1f} GB free, but must have at least {size / 1e9:.1f} GB to unpack "
+            f"{packed.name}. Make room; the same command goes on from here"
+        )
+    temporary = target.with_name(f".{target.name}.unpacking")
+    _remove(temporary)
+    try:
+        with _opened(packed) as stream:
+            first = stream.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))
+        with _opened(packed) as stream:
+            if first[_TAR_MAGIC_AT:] == _TAR_MAGIC:
+                _unpack_tar(packed, stream, temporary)
+            else:
+                with temporary.open("wb") as file:
+                    shutil.copyfileobj(stream, file, _BLOCK_BYTES)
+                    file.flush()
+                    os.fsync(file.fileno())
+    except _DAMAGE as error:
+        raise DataError(
+            f"{packed}: cannot be unpacked ({error}), but must be a whole archive. Remove it and fetch it again"
+        ) from error
+    else:
+        temporary.rename(target)
+    finally:
+        _remove(temporary)
+    return target
+
+
+def _unpack_tar(packed: Path, stream: BinaryIO, folder: Path) -> None:
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError(f"{packed}: must be unpacked by Python 3.11.4 or newer, which can do it safely")
+    folder.mkdir()
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            if not member.isfile() and not member.isdir():
+                raise DataError(
+                    f"{packed}: holds {member.name!r}, but must hold files and folders only. Do not trust it"
+                )
+            archive.extract(member, folder, filter="data")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _opened(packed: Path) -> BinaryIO:
+    with packed.open("rb") as file:
+        magic = file.read(6)
+    if magic == b"\xfd7zXZ\x00":
+        return cast(BinaryIO, lzma.open(packed, "rb"))
+    return cast(BinaryIO, gzip.open(packed, "rb")) if magic[:2] == b"\x1f\x8b" else packed.open("rb")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
