@@ -25,6 +25,9 @@ class Quiet:
     def say(self, text: str) -> None:
         self.lines.append(text)
 
+    def progress(self, done: object) -> None:
+        pass
+
     def trial(self, result: TrialResult, done: int, total: int) -> None:
         self.lines.append(f"{result.trial_id} {result.status}")
 
