@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from wattier_gnn.arrays import pack_texts, unpack_texts
-from wattier_gnn.splits import SPLIT_NAMES, UNDEALT, deal_groups
+from wattier_gnn.splits import SPLIT_NAMES, TRAIN, UNDEALT, deal_groups
 from wattier_gnn.structure import DataError
 
 
@@ -90,6 +90,20 @@ class GroupTable:
                         f"{source}: the {name} split is empty, but each split must hold a whole group. "
                         "Give more groups (molecules, materials, systems), or a larger share in data.split."
                     )
+
+    def warnings(self, sources: list[str]) -> list[str]:
+        """What is odd about the splits: one that is empty, an element that is held out but never trained on."""
+        found = []
+        for index, source in enumerate(sources):
+            mine = self.source == index
+            for split, name in enumerate(SPLIT_NAMES):
+                if not (mine & (self.split == split)).any():
+                    found.append(f"{source}: the {name} split is empty")
+            trained = np.bitwise_or.reduce(self.elements[mine & (self.split == TRAIN)], axis=0)
+            strange = int((self.elements[mine] & ~trained).any(axis=1).sum())
+            if strange:
+                found.append(f"{source}: {strange} held-out groups hold an element that is not in training")
+        return found
 
     def save(self, path: Path) -> None:
         """Write the table; the caller sees to it that it appears whole."""

@@ -18,7 +18,7 @@ from wattier_gnn.cleaning import CleaningReport, ForceNorm
 from wattier_gnn.datasets import READERS
 from wattier_gnn.files import locked, write_text
 from wattier_gnn.manifest import MANIFEST, describe, read_manifest
-from wattier_gnn.merge import MergePlan, forget, merge
+from wattier_gnn.merge import MergePlan, begin, merge
 from wattier_gnn.parts import DONE, Neighbors, OnBad, Recipe, Shard
 from wattier_gnn.pool import Progress, convert_all
 from wattier_gnn.store import Store
@@ -41,6 +41,7 @@ def ingest(  # noqa: PLR0913  (the whole recipe of a store)
     neighbors: Neighbors = "precomputed",
     workers: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    may_be_empty: bool = False,
 ) -> Store:
     """Bring every file of every source under `paths` into the store `folder`; files that are in it are left alone.
 
@@ -57,10 +58,11 @@ def ingest(  # noqa: PLR0913  (the whole recipe of a store)
         neighbors: whether edges are kept, or found again in each batch.
         workers: processes; None = as many as there are cores, where there is work for them.
         progress: hears how far the reading is.
+        may_be_empty: a source may lack a split; otherwise that is refused.
 
     Raises:
-        DataError: a path holds nothing, a source has nothing left after cleaning, a split of a source stays empty, a
-            record or file is unreadable and `on_bad` is refuse, or the store was made with other settings.
+        DataError: a path holds nothing, a source has nothing left after cleaning or no group for a split, a record or
+            file is unreadable and `on_bad` is refuse, or the store was made with other settings.
     """
     recipe = Recipe(cutoff_angstrom, max_force_ev_per_angstrom, force_norm, neighbors)
     settings = {**asdict(recipe), "split": dict(split), "seed": seed}
@@ -72,12 +74,13 @@ def ingest(  # noqa: PLR0913  (the whole recipe of a store)
         shards = [s for s in found if (s.source, str(s.path), s.n_bytes, s.modified_ns) not in known]
         staging = folder / STAGING
         if shards:
-            _clear_way(staging, recipe, shards)
+            _clear_way(staging, recipe)
+            begin(staging, _inputs(before, shards, paths, settings))
             convert_all(shards, recipe=recipe, on_bad=on_bad, staging=staging, workers=workers, progress=progress)
-            _join(folder, paths, before, shards, settings, say)
+            _join(folder, paths, before, shards, settings, say, may_be_empty)
         else:
             say(f"store: nothing to do, all {len(found)} files are in {folder}")
-        shutil.rmtree(staging, ignore_errors=True)
+        _clean_up(staging, found, say)
     return Store(folder)
 
 
@@ -107,20 +110,40 @@ def _files_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"source": name, **file} for name, about in by_source.items() for file in about["files"]]
 
 
-def _clear_way(staging: Path, recipe: Recipe, shards: Sequence[Shard]) -> None:
-    """Keep of an interrupted ingestion what this one would make again; take the rest away."""
-    due = json.dumps(asdict(recipe))
-    recipe_path = staging / "recipe.json"
-    if staging.exists() and (not recipe_path.exists() or recipe_path.read_text() != due):
+def _clear_way(staging: Path, recipe: Recipe) -> None:
+    """Take away what an interrupted ingestion made by another recipe."""
+    due, path = json.dumps(asdict(recipe)), staging / "recipe.json"
+    if staging.exists() and (not path.exists() or path.read_text() != due):
         shutil.rmtree(staging)
     staging.mkdir(exist_ok=True)
-    write_text(recipe_path, due)
-    wanted = {shard.id for shard in shards}
-    stale = [place for place in staging.iterdir() if place.is_dir() and place.name not in wanted]
-    if stale:
-        forget(staging)
-    for place in stale:
-        shutil.rmtree(place)
+    write_text(path, due)
+
+
+def _inputs(
+    before: Mapping[str, Any], shards: Sequence[Shard], paths: Mapping[str, Path], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that decides what a merge makes of the parts of some files."""
+    return {
+        "rows": before.get("rows"),
+        "files": [shard.id for shard in shards],
+        "sources": list(paths),
+        "settings": dict(settings),
+    }
+
+
+def _clean_up(staging: Path, found: Sequence[Shard], say: Callable[[str], None]) -> None:
+    """Remove what the store no longer needs; what an interrupted ingestion of other files left stays for it."""
+    if staging.exists():
+        for shard in found:
+            shutil.rmtree(staging / shard.id, ignore_errors=True)
+        for path in staging.glob("*.json"):
+            if path.name != "recipe.json":
+                path.unlink()
+        others = sum(path.is_dir() for path in staging.iterdir())
+        if others:
+            say(f"store: {others} more files were begun by an interrupted ingestion and wait in {staging}")
+        else:
+            shutil.rmtree(staging)
 
 
 def _join(  # noqa: PLR0913, PLR0917
@@ -130,6 +153,7 @@ def _join(  # noqa: PLR0913, PLR0917
     shards: Sequence[Shard],
     settings: Mapping[str, Any],
     say: Callable[[str], None],
+    may_be_empty: bool,
 ) -> None:
     """Join the parts of all files to the store, and write its manifest, which makes them part of it."""
     report = CleaningReport.from_dict(before["cleaning"]) if before else CleaningReport()
@@ -144,7 +168,7 @@ def _join(  # noqa: PLR0913, PLR0917
     index = {source: k for k, source in enumerate(sources)}
     for source in paths:
         say(_summary(source, report))
-    rows, groups = merge(
+    rows, table, groups = merge(
         folder,
         folder / STAGING,
         MergePlan(
@@ -153,6 +177,7 @@ def _join(  # noqa: PLR0913, PLR0917
             before.get("groups", ""),
             settings["split"],
             settings["seed"],
+            may_be_empty,
         ),
         sources,
     )
@@ -160,6 +185,8 @@ def _join(  # noqa: PLR0913, PLR0917
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
     if before and before["groups"] != groups:
         (folder / before["groups"]).unlink(missing_ok=True)
+    for warning in table.warnings(sources):
+        say(f"warning: {warning}")
     for source in paths:
         spread = manifest["by_source"][source]["residual_std_ev_per_atom"]
         say(f"{source}: aligned energies spread by {spread * 1000:.1f} meV/atom" if spread is not None else source)

@@ -18,11 +18,11 @@ from wattier_gnn.arrays import unpack_texts
 from wattier_gnn.columns import Appender
 from wattier_gnn.files import write_file, write_text
 from wattier_gnn.groups import GroupTable
-from wattier_gnn.parts import finished_parts, part_tensors
+from wattier_gnn.parts import DONE, finished_parts, part_tensors
 from wattier_gnn.splits import element_masks
 
 COMMIT_BYTES = 1 << 30  # between two commits: what may have to be merged again
-STATE = "merge.json"
+STATE, INPUTS = "merge.json", "inputs.json"
 PART_COLUMNS = (
     "numbers", "positions", "forces", "force_mask", "receivers", "senders", "edge_shift", "cells", "pbc", "energy",
     "atom_offset", "edge_offset", "key_offset", "keys", "group", "group_names", "group_offset",
@@ -34,80 +34,74 @@ class MergePlan:
     """What is to be merged, in order.
 
     Attributes:
-        shards: folder name of the parts of each file, and the index of its source.
+        files: (id of the parts, index of the source) of each.
         rows: of the columns of the store so far; empty for a new one.
         groups: name of the store's table of groups so far; empty for a new one.
         split, seed: how groups are dealt.
+        may_be_empty: a source may lack a split.
     """
 
-    shards: Sequence[tuple[str, int]]
+    files: Sequence[tuple[str, int]]
     rows: Mapping[str, int]
     groups: str
     split: Mapping[str, float]
     seed: int
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Equal plans have equal ones, in JSON too."""
-        return {
-            "shards": [list(shard) for shard in self.shards],
-            "rows": dict(self.rows),
-            "groups": self.groups,
-            "split": dict(self.split),
-            "seed": self.seed,
-        }
+    may_be_empty: bool
 
 
-def merge(folder: Path, staging: Path, plan: MergePlan, sources: list[str]) -> tuple[dict[str, int], str]:
-    """Append the parts of a plan to the columns of `folder`; goes on after the last commit of the same plan.
+def merge(folder: Path, staging: Path, plan: MergePlan, sources: list[str]) -> tuple[dict[str, int], GroupTable, str]:
+    """Append the parts of a plan to the columns of `folder`; goes on after the last commit.
 
     Returns:
-        The rows of each column, and the name of the new table of groups.
+        The rows of each column, the new table of groups, and its name.
 
     Raises:
-        DataError: a split of a source stays empty.
+        DataError: a split of a source stays empty, and may not.
     """
-    state_path = staging / STATE
-    state = json.loads(state_path.read_text()) if state_path.exists() else {}
-    if state.get("plan") != plan.fingerprint:
-        table = _dealt(folder, staging, plan)
-        table.refuse_empty_splits(sources)
-        name = f"groups-{int(plan.groups.split('-')[1].split('.')[0]) + 1 if plan.groups else 0}.safetensors"
-        write_file(folder / name, table.save)
-        state = {"plan": plan.fingerprint, "groups": name, "done": 0, "rows": dict(plan.rows)}
-        write_text(state_path, json.dumps(state))
-    else:
-        table = GroupTable.load(folder / state["groups"])
-    with Appender(folder, state["rows"]) as appender:
-        waiting, behind = 0, int(state["done"])
-        for number in range(behind, len(plan.shards)):
-            shard_id, source = plan.shards[number]
-            for part in finished_parts(staging / shard_id):
-                waiting += part.path.stat().st_size
-                _append(appender, part.path, source, table)
-            if waiting >= COMMIT_BYTES or number == len(plan.shards) - 1:
-                appender.flush()
-                state |= {"done": number + 1, "rows": dict(appender.rows)}
-                write_text(state_path, json.dumps(state))
-                for done, _ in plan.shards[behind : number + 1]:
-                    _remove_parts(staging / done)
-                waiting, behind = 0, number + 1
-    return state["rows"], state["groups"]
-
-
-def forget(staging: Path) -> None:
-    """Undo a merge whose plan no longer holds: the files whose parts are gone must be converted again."""
     state_path = staging / STATE
     if state_path.exists():
         state = json.loads(state_path.read_text())
-        for shard_id, _ in state["plan"]["shards"][: state["done"]]:
-            shutil.rmtree(staging / shard_id, ignore_errors=True)
-        state_path.unlink()
+        table = GroupTable.load(folder / state["groups"])
+    else:
+        table = _dealt(folder, staging, plan)
+        if not plan.may_be_empty:
+            table.refuse_empty_splits(sources)
+        number = int(plan.groups.removeprefix("groups-").removesuffix(".safetensors")) + 1 if plan.groups else 0
+        name = f"groups-{number}.safetensors"
+        write_file(folder / name, table.save)
+        state = {"groups": name, "done": 0, "rows": dict(plan.rows)}
+        write_text(state_path, json.dumps(state))
+    with Appender(folder, state["rows"]) as appender:
+        waiting, behind = 0, int(state["done"])
+        for number in range(behind, len(plan.files)):
+            shard_id, source = plan.files[number]
+            for part in finished_parts(staging / shard_id):
+                waiting += part.path.stat().st_size
+                _append(appender, part.path, source, table)
+            if waiting >= COMMIT_BYTES or number == len(plan.files) - 1:
+                appender.flush()
+                state |= {"done": number + 1, "rows": dict(appender.rows)}
+                write_text(state_path, json.dumps(state))
+                for done, _ in plan.files[behind : number + 1]:
+                    _remove_parts(staging / done)
+                waiting, behind = 0, number + 1
+    return state["rows"], table, state["groups"]
+
+
+def begin(staging: Path, inputs: Mapping[str, Any]) -> None:
+    """Forget a merge that was begun with other inputs: what lost its parts to it must be converted again."""
+    path, due = staging / INPUTS, json.dumps(inputs)
+    if path.exists() and path.read_text() != due:
+        (staging / STATE).unlink(missing_ok=True)
+        for record in staging.glob(f"*/{DONE}"):
+            if len(finished_parts(record.parent)) != json.loads(record.read_text())["parts"]:
+                shutil.rmtree(record.parent)
+    write_text(path, due)
 
 
 def _dealt(folder: Path, staging: Path, plan: MergePlan) -> GroupTable:
     table = GroupTable.load(folder / plan.groups) if plan.groups else GroupTable()
-    for shard_id, source in plan.shards:
+    for shard_id, source in plan.files:
         for part in finished_parts(staging / shard_id):
             tensors = part_tensors(part.path, ("group", "group_names", "group_offset", "numbers", "atom_offset"))
             names = unpack_texts(tensors["group_names"], tensors["group_offset"])

@@ -73,6 +73,7 @@ def ingest(  # noqa: PLR0913, PLR0917  (one parameter an option)
                 workers=workers,
                 say=console.say,
                 progress=console.progress,
+                may_be_empty=True,  # a run, which trains and tests on every source, does not allow it
             )
         except KeyboardInterrupt:
             console.say("Interrupted. The same command goes on from here.")

@@ -97,6 +97,13 @@ def _shared_store(run: RunDir, data: DataSection) -> Store:
                 f"data.{name}: is {value}, but the store {path} was made with {there[name]}, and they must agree. "
                 "Change the config, or make another store with `wattier data ingest`."
             )
+    for name, about in store.meta["by_source"].items():
+        for part, n_structures in about["structures"].items():
+            if n_structures == 0:
+                raise UserError(
+                    f"{path}: the {part} split of {name} is empty, but a run needs all three. Make a store with more "
+                    "groups of it, or with a larger share in data.split."
+                )
     link, seen = run.store_path, run.store_path.with_name("store.sha256")
     manifest = sha256_of(path / "manifest.json")
     if seen.exists() and seen.read_text() != manifest:
