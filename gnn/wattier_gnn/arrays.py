@@ -11,6 +11,11 @@ import numpy as np
 from wattier_gnn.neighbors import Edges, find_edges
 from wattier_gnn.structure import Structure
 
+# What belongs to an atom, or to an edge, lies together: a structure drawn at random is two runs of bytes, not seven.
+ATOM = np.dtype([("numbers", "u1"), ("force_mask", "?"), ("positions", "<f8", (3,)), ("forces", "<f8", (3,))])
+# Atoms count from the first one of their structure.
+EDGE = np.dtype([("receivers", "<i4"), ("senders", "<i4"), ("shift", "<i2", (3,))])
+
 
 class Column(NamedTuple):
     """One array of a store on the disk: little-endian rows without a header.
@@ -19,7 +24,7 @@ class Column(NamedTuple):
     structures, of which there is one more than structures.
     """
 
-    dtype: str
+    dtype: Any
     row: tuple[int, ...]
     per: str
 
@@ -30,14 +35,9 @@ class Column(NamedTuple):
 
 
 COLUMNS: Mapping[str, Column] = {
-    "numbers": Column("u1", (), "atom"),
-    "positions": Column("<f8", (3,), "atom"),
-    "forces": Column("<f8", (3,), "atom"),  # 0 where unknown
-    "force_mask": Column("?", (), "atom"),
-    "receivers": Column("<i4", (), "edge"),  # atoms count from the first one of their structure
-    "senders": Column("<i4", (), "edge"),
-    "edge_shift": Column("<i2", (3,), "edge"),
-    "cells": Column("<f8", (3, 3), "structure"),
+    "atoms": Column(ATOM, (), "atom"),
+    "edges": Column(EDGE, (), "edge"),  # none where they are found again in each batch
+    "cells": Column("<f8", (3, 3), "structure"),  # 0 where there is none
     "pbc": Column("?", (3,), "structure"),
     "energy": Column("<f8", (), "structure"),
     "source_index": Column("<i2", (), "structure"),
@@ -50,6 +50,35 @@ COLUMNS: Mapping[str, Column] = {
     "key_offset": Column("<i8", (), "bound"),
     "keys": Column("u1", (), "key"),  # UTF-8
 }
+
+
+def pack_atoms(arrays: Mapping[str, Any]) -> Any:
+    """The records `ATOM` [N] of what `structures_to_arrays` made."""
+    atoms = np.empty(len(arrays["numbers"]), dtype=ATOM)
+    for name in ATOM.names or ():
+        atoms[name] = arrays[name]
+    return atoms
+
+
+def pack_edges(arrays: Mapping[str, Any]) -> Any:
+    """The records `EDGE` [E] of what `structures_to_arrays` made."""
+    edges = np.empty(len(arrays["edge_shift"]), dtype=EDGE)
+    edges["receivers"], edges["senders"] = arrays["edge_index"]
+    edges["shift"] = arrays["edge_shift"]
+    return edges
+
+
+def unpack_atoms(atoms: Any) -> dict[str, Any]:
+    """Arrays of their own from the records `ATOM` [N]."""
+    return {name: np.ascontiguousarray(atoms[name]) for name in ATOM.names or ()}
+
+
+def unpack_edges(edges: Any) -> dict[str, Any]:
+    """Arrays of their own from the records `EDGE` [E]: edge_index int32 [2, E], edge_shift int16 [E, 3]."""
+    return {
+        "edge_index": np.stack([edges["receivers"], edges["senders"]]),
+        "edge_shift": np.ascontiguousarray(edges["shift"]),
+    }
 
 
 def structures_to_arrays(

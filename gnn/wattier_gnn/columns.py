@@ -80,8 +80,7 @@ class Appender:
             self._files[name] = file
             if column.per == "bound" and self.rows[name] == 0:
                 self._write(name, np.zeros(1, dtype=np.int64))
-        self.ends = {name: self.rows[counted] for name, counted in (("atom_offset", "numbers"), ("key_offset", "keys"))}
-        self.ends["edge_offset"] = int(self._last_bound("edge_offset"))
+        self.ends = {name: self._last(name) for name, column in COLUMNS.items() if column.per == "bound"}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,7 +114,7 @@ class Appender:
         self._files[name].write(rows.data)
         self.rows[name] += len(rows)
 
-    def _last_bound(self, name: str) -> int:
+    def _last(self, name: str) -> int:
         self._files[name].flush()
         return int(read_rows(self.folder, name, self.rows[name] - 1, self.rows[name])[0])
 
@@ -127,16 +126,10 @@ def _check_ends(folder: Path, arrays: Mapping[str, Any]) -> None:
         due = {"structure": n, "bound": n + 1}.get(column.per)
         if due is not None and len(arrays[name]) != due:
             raise _unreadable(folder, f"{name} has {len(arrays[name])} rows, but must have {due}")
-    for offset, counted in (
-        ("atom_offset", ("numbers", "positions", "forces", "force_mask")),
-        ("key_offset", ("keys",)),
-    ):
-        for name in counted:
-            if len(arrays[name]) != arrays[offset][-1]:
-                raise _unreadable(folder, f"{name} has {len(arrays[name])} rows, but {offset} ends at another number")
-    for name in ("receivers", "senders", "edge_shift"):
-        if len(arrays[name]) not in {0, int(arrays["edge_offset"][-1])}:
-            raise _unreadable(folder, f"{name} has {len(arrays[name])} rows, but edge_offset ends at another number")
+    for offset, counted in (("atom_offset", "atoms"), ("key_offset", "keys"), ("edge_offset", "edges")):
+        absent = counted == "edges" and len(arrays[counted]) == 0
+        if not absent and len(arrays[counted]) != arrays[offset][-1]:
+            raise _unreadable(folder, f"{counted} has {len(arrays[counted])} rows, but {offset} ends elsewhere")
 
 
 def _unreadable(folder: Path, what_is: str) -> DataError:

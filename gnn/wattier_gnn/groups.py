@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from wattier_gnn.arrays import pack_texts, unpack_texts
 from wattier_gnn.splits import SPLIT_NAMES, TRAIN, UNDEALT, deal_groups
@@ -109,7 +109,7 @@ class GroupTable:
         """Write the table; the caller sees to it that it appears whole."""
         data, offset = pack_texts(self.names)
         columns = {name: np.ascontiguousarray(column[: len(self)]) for name, column in self._columns.items()}
-        save_file({"names": data, "offset": offset, **columns}, path)
+        path.write_bytes(save({"names": data, "offset": offset, **columns}))
 
     @classmethod
     def load(cls, path: Path) -> GroupTable:

@@ -190,7 +190,7 @@ def _join(  # noqa: PLR0913, PLR0917
     for source in paths:
         spread = manifest["by_source"][source]["residual_std_ev_per_atom"]
         say(f"{source}: aligned energies spread by {spread * 1000:.1f} meV/atom" if spread is not None else source)
-    say(f"store: {rows['energy']} structures, {rows['numbers']} atoms, {_edges(manifest)} edges in {folder}")
+    say(f"store: {rows['energy']} structures, {rows['atoms']} atoms, {_edges(manifest)} edges in {folder}")
 
 
 def _take_stock(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 from wattier_gnn.cleaning import CleaningReport
 from wattier_gnn.columns import read_rows
 from wattier_gnn.datasets import READERS
-from wattier_gnn.reference import MAX_ATOMIC_NUMBER, StreamedMoments, StreamedReference, baseline, composition
+from wattier_gnn.reference import MAX_ATOMIC_NUMBER, StreamedReference, composition
 from wattier_gnn.splits import SPLIT_NAMES, TRAIN
 from wattier_gnn.structure import DataError
 
@@ -59,11 +59,10 @@ def describe(  # noqa: PLR0913  (most are keywords)
     files: Sequence[Mapping[str, Any]],
     report: CleaningReport,
 ) -> dict[str, Any]:
-    """The manifest of columns that are all there: references are fitted and counts taken here, in two passes."""
-    sums = _first_pass(folder, rows["energy"], len(sources))
-    residuals = _second_pass(folder, rows["energy"], [s.coefficients for s in sums])
+    """The manifest of columns that are all there: references are fitted and counts taken here, in one pass."""
+    sums = _sums(folder, rows["energy"], len(sources))
     by_source = {}
-    for name, total, (energy, per_atom) in zip(sources, sums, residuals, strict=True):
+    for name, total in zip(sources, sums, strict=True):
         reader = READERS.get(name)
         present = np.flatnonzero(total.atoms_by_element)
         by_source[name] = {
@@ -77,8 +76,8 @@ def describe(  # noqa: PLR0913  (most are keywords)
             "edges": total.edges,
             "elements": present.tolist(),
             "reference_energies_ev": {str(z): float(total.coefficients[z]) for z in present},
-            "residual_std_ev": energy.std,
-            "residual_std_ev_per_atom": per_atom.std,
+            "residual_std_ev": total.residual_std_ev[0],
+            "residual_std_ev_per_atom": total.residual_std_ev[1],
             "force_rms_ev_per_angstrom": total.force_rms,
         }
     return {
@@ -87,7 +86,7 @@ def describe(  # noqa: PLR0913  (most are keywords)
         "sources": list(sources),
         "cutoff_angstrom": settings["cutoff_angstrom"],
         "energy_scale_ev": [max(s.force_rms, SMALLEST_SCALE_EV) if s.force_rms is not None else 1.0 for s in sums],
-        "mean_neighbors": sum(s.edges for s in sums) / max(rows["numbers"], 1),
+        "mean_neighbors": sum(s.edges for s in sums) / max(rows["atoms"], 1),
         "settings": dict(settings),
         "cleaning": report.to_dict(),
         "by_source": by_source,
@@ -102,62 +101,41 @@ class _Sums(NamedTuple):
     atoms_by_element: Any  # int64 [119]
     edges: int
     coefficients: Any  # float64 [119] eV
+    residual_std_ev: tuple[float | None, float | None]  # of training structures; and by atoms
     force_rms: float | None  # of the components on training atoms, eV/Angstrom; None where none is known
 
 
-def _chunks(folder: Path, n_structures: int, names: tuple[str, ...], atom_names: tuple[str, ...]) -> Iterator[Any]:
-    """Columns of some structures and of their atoms, a run at a time."""
-    for first in range(0, n_structures, CHUNK_STRUCTURES):
-        stop = min(first + CHUNK_STRUCTURES, n_structures)
-        start, *_, end = read_rows(folder, "atom_offset", first, stop + 1).tolist()
-        chunk = {name: read_rows(folder, name, first, stop) for name in names}
-        yield chunk | {name: read_rows(folder, name, start, end) for name in atom_names}
-
-
-def _first_pass(folder: Path, n_structures: int, n_sources: int) -> list[_Sums]:
+def _sums(folder: Path, n_structures: int, n_sources: int) -> list[_Sums]:
+    """One pass over all structures, a run at a time."""
     fits = [StreamedReference() for _ in range(n_sources)]
     structures = np.zeros((n_sources, len(SPLIT_NAMES)), dtype=np.int64)
-    atoms = np.zeros((n_sources, MAX_ATOMIC_NUMBER + 1), dtype=np.int64)
+    elements = np.zeros((n_sources, MAX_ATOMIC_NUMBER + 1), dtype=np.int64)
     edges, forces = np.zeros(n_sources, dtype=np.int64), np.zeros((n_sources, 2))
-    columns = ("source_index", "split", "n_atoms", "n_edges", "energy")
-    for chunk in _chunks(folder, n_structures, columns, ("numbers", "forces", "force_mask")):
-        counts = composition(chunk["numbers"], chunk["n_atoms"])
-        square = np.einsum("ax,ax->a", chunk["forces"], chunk["forces"])
-        for source in np.unique(chunk["source_index"]):
-            chosen = chunk["source_index"] == source
-            structures[source] += np.bincount(chunk["split"][chosen], minlength=len(SPLIT_NAMES))
-            atoms[source] += counts[chosen].sum(axis=0).astype(np.int64)
-            edges[source] += chunk["n_edges"][chosen].sum()
-            training = chosen & (chunk["split"] == TRAIN)
-            fits[source].add(counts[training], chunk["energy"][training])
-            known = np.repeat(training, chunk["n_atoms"]) & chunk["force_mask"]
-            forces[source] += square[known].sum(), 3 * known.sum()
-    return [
-        _Sums(
-            structures[s],
-            atoms[s],
-            int(edges[s]),
-            fits[s].coefficients(),
-            float(np.sqrt(forces[s, 0] / forces[s, 1])) if forces[s, 1] else None,
+    for first in range(0, n_structures, CHUNK_STRUCTURES):
+        stop = min(first + CHUNK_STRUCTURES, n_structures)
+        source_index, split, n_atoms, n_edges, energy = (
+            read_rows(folder, name, first, stop) for name in ("source_index", "split", "n_atoms", "n_edges", "energy")
         )
-        for s in range(n_sources)
-    ]
-
-
-def _second_pass(
-    folder: Path, n_structures: int, coefficients: Sequence[Any]
-) -> list[tuple[StreamedMoments, StreamedMoments]]:
-    """Energies less their references, of training structures: of each structure, and by its atoms [eV]."""
-    table = np.stack(coefficients)
-    moments = [(StreamedMoments(), StreamedMoments()) for _ in coefficients]
-    for chunk in _chunks(folder, n_structures, ("source_index", "split", "n_atoms", "energy"), ("numbers",)):
-        rows = table[chunk["source_index"]]
-        residual = chunk["energy"] - baseline(chunk["numbers"], chunk["n_atoms"], rows)
-        for source, (energy, per_atom) in enumerate(moments):
-            chosen = (chunk["source_index"] == source) & (chunk["split"] == TRAIN)
-            energy.add(residual[chosen])
-            per_atom.add(residual[chosen] / chunk["n_atoms"][chosen])
-    return moments
+        start, *_, end = read_rows(folder, "atom_offset", first, stop + 1).tolist()
+        atoms = read_rows(folder, "atoms", start, end)
+        counts = composition(atoms["numbers"], n_atoms)
+        square = np.einsum("ax,ax->a", atoms["forces"], atoms["forces"])
+        for source in np.unique(source_index):
+            chosen = source_index == source
+            structures[source] += np.bincount(split[chosen], minlength=len(SPLIT_NAMES))
+            elements[source] += counts[chosen].sum(axis=0).astype(np.int64)
+            edges[source] += n_edges[chosen].sum()
+            training = chosen & (split == TRAIN)
+            fits[source].add(counts[training], energy[training])
+            known = np.repeat(training, n_atoms) & atoms["force_mask"]
+            forces[source] += square[known].sum(), 3 * known.sum()
+    found = []
+    for s, fit in enumerate(fits):
+        coefficients = fit.coefficients()
+        spread = fit.residual_std_ev(coefficients)
+        force_rms = float(np.sqrt(forces[s, 0] / forces[s, 1])) if forces[s, 1] else None
+        found.append(_Sums(structures[s], elements[s], int(edges[s]), coefficients, spread, force_rms))
+    return found
 
 
 def _wattier_version() -> str | None:

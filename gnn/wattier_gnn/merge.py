@@ -24,8 +24,8 @@ from wattier_gnn.splits import element_masks
 COMMIT_BYTES = 1 << 30  # between two commits: what may have to be merged again
 STATE, INPUTS = "merge.json", "inputs.json"
 PART_COLUMNS = (
-    "numbers", "positions", "forces", "force_mask", "receivers", "senders", "edge_shift", "cells", "pbc", "energy",
-    "atom_offset", "edge_offset", "key_offset", "keys", "group", "group_names", "group_offset",
+    "atoms", "edges", "cells", "pbc", "energy", "atom_offset", "edge_offset", "key_offset", "keys", "group",
+    "group_names", "group_offset",
 )  # fmt: skip
 
 
@@ -103,14 +103,14 @@ def _dealt(folder: Path, staging: Path, plan: MergePlan) -> GroupTable:
     table = GroupTable.load(folder / plan.groups) if plan.groups else GroupTable()
     for shard_id, source in plan.files:
         for part in finished_parts(staging / shard_id):
-            tensors = part_tensors(part.path, ("group", "group_names", "group_offset", "numbers", "atom_offset"))
+            tensors = part_tensors(part.path, ("group", "group_names", "group_offset", "atoms", "atom_offset"))
             names = unpack_texts(tensors["group_names"], tensors["group_offset"])
             rows = table.rows(source, names)
             group_of_atom = np.repeat(tensors["group"], np.diff(tensors["atom_offset"]))
             table.count(
                 rows,
                 np.bincount(tensors["group"], minlength=len(names)),
-                element_masks(group_of_atom, tensors["numbers"], len(names)),
+                element_masks(group_of_atom, tensors["atoms"]["numbers"], len(names)),
             )
     table.deal(plan.split, plan.seed)
     return table

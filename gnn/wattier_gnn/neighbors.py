@@ -44,13 +44,16 @@ def edges_of(positions: Any, cell: Any, pbc: Any, cutoff_angstrom: float) -> Edg
     periodic = np.asarray(pbc, dtype=bool) & (cell is not None)
     # One thread: parallel work is over structures, and the order of edges must not vary.
     finder = vesin.NeighborList(cutoff=cutoff_angstrom, full_list=True, sorted=True, n_threads=1)
-    receivers, senders, shifts = finder.compute(
-        points=positions, box=np.zeros((3, 3)) if cell is None else cell, periodic=periodic, quantities="ijS"
+    pairs, shifts = finder.compute(
+        points=positions,
+        box=np.zeros((3, 3)) if cell is None else cell,
+        periodic=periodic,
+        quantities="PS",
+        copy=False,  # they are copied below, while the finder that owns them is there
     )
     # int8 is too small for atoms that drifted far from their cell
     if len(shifts) and np.abs(shifts).max() > MAX_SHIFT:
         raise RuntimeError(f"an atom is more than {MAX_SHIFT} cells away")
     # Receivers come sorted, but the order within one receiver is not promised.
-    order = np.argsort(receivers.astype(np.int64) * len(positions) + senders.astype(np.int64), kind="stable")
-    index = np.stack([receivers, senders])[:, order].astype(np.int32)
-    return Edges(index, np.asarray(shifts)[order].astype(np.int16))
+    order = np.argsort(pairs[:, 0] * len(positions) + pairs[:, 1], kind="stable")
+    return Edges(pairs.T[:, order].astype(np.int32), shifts[order].astype(np.int16))

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from wattier_gnn.arrays import concatenated, pack_texts
+from wattier_gnn.arrays import ATOM, EDGE, concatenated, pack_atoms, pack_edges, pack_texts
 from wattier_gnn.cleaning import CleaningReport, ForceNorm, removal_reason
 from wattier_gnn.datasets import READERS
 from wattier_gnn.files import sha256_of, write_file, write_text
@@ -148,13 +148,15 @@ def part_name(number: int, read_through: int) -> str:
 
 
 def part_tensors(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Some arrays of a part.
+    """Some arrays of a part; atoms and edges as records.
 
     Raises:
         DataError: the file is damaged.
     """
+    records = {"atoms": ATOM, "edges": EDGE}
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in names}
+        tensors = {name: file.get_tensor(name) for name in names}
+    return {name: t.view(records[name]) if name in records else t for name, t in tensors.items()}
 
 
 class _Block:
@@ -212,19 +214,17 @@ def _sift(structure: Structure, source: str, recipe: Recipe, block: _Block) -> N
 
 def _write_part(path: Path, block: _Block, recipe: Recipe) -> None:
     arrays = concatenated(block.structures, block.edges, [0] * len(block.structures))
-    index = arrays.pop("edge_index")
-    arrays["receivers"], arrays["senders"] = index[0].copy(), index[1].copy()
-    if recipe.neighbors == "on_the_fly":
-        for name in ("receivers", "senders", "edge_shift"):
-            arrays[name] = arrays[name][:0]
-    arrays["keys"], arrays["key_offset"] = pack_texts([s.key for s in block.structures])
+    tensors = {name: arrays[name] for name in ("cells", "pbc", "energy", "atom_offset", "edge_offset")}
+    tensors["atoms"] = pack_atoms(arrays).view(np.uint8)
+    tensors["edges"] = pack_edges(arrays).view(np.uint8)[: None if recipe.neighbors == "precomputed" else 0]
+    tensors["keys"], tensors["key_offset"] = pack_texts([s.key for s in block.structures])
     groups = sorted({s.group for s in block.structures})
     row = {name: k for k, name in enumerate(groups)}
-    arrays["group"] = np.array([row[s.group] for s in block.structures], dtype=np.int32)
-    arrays["group_names"], arrays["group_offset"] = pack_texts(groups)
-    del arrays["source_index"]
+    tensors["group"] = np.array([row[s.group] for s in block.structures], dtype=np.int32)
+    tensors["group_names"], tensors["group_offset"] = pack_texts(groups)
     info = {"read_through": block.read_through, "report": block.report.to_dict()}
-    write_file(path, lambda temporary: save_file(arrays, temporary, metadata={"info": json.dumps(info)}))
+    data = save(tensors, metadata={"info": json.dumps(info)})  # `save_file` would make it unreadable to others
+    write_file(path, lambda temporary: temporary.write_bytes(data))
 
 
 def _opened(path: Path) -> Any:

@@ -10,7 +10,6 @@ the singular values of the data; normal equations would square their ratio.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,19 +41,47 @@ class StreamedReference:
     """The least-squares composition baseline of structures that are seen once, a chunk at a time."""
 
     def __init__(self) -> None:
-        self._triangle: Any = np.zeros((0, MAX_ATOMIC_NUMBER + 2))
         self.n_structures = 0
+        self._totals, self._per_atom = _Triangle(), _Triangle()
 
     def add(self, counts: Any, energies_ev: Any) -> None:
-        """Take in counts [B, 119] and total energies [B]."""
+        """Take in counts [B, 119] and total energies [B]; structures have at least one atom."""
         if len(counts):
-            stacked = np.vstack([self._triangle, np.column_stack([counts, energies_ev])])
-            self._triangle = np.linalg.qr(stacked, mode="r")
+            rows = np.column_stack([counts, energies_ev])
+            self._totals.add(rows)
+            self._per_atom.add(rows / counts.sum(axis=1, keepdims=True))
             self.n_structures += len(counts)
 
     def coefficients(self) -> Any:
         """C [119] in eV, 0 for elements that do not occur; the shortest of all solutions where there are several."""
-        return fit_reference(self._triangle[:, :-1], self._triangle[:, -1])
+        return fit_reference(self._totals.r[:, :-1], self._totals.r[:, -1])
+
+    def residual_std_ev(self, coefficients: Any) -> tuple[float | None, float | None]:
+        """Standard deviation of what the baseline leaves: of the energies [eV], and by atoms [eV/atom].
+
+        None of fewer than two structures (n - 1 in the denominator).
+        """
+        if self.n_structures < 2:
+            return None, None
+        weights = np.append(-coefficients, 1.0)
+        return self._totals.std(weights, self.n_structures), self._per_atom.std(weights, self.n_structures)
+
+
+class _Triangle:
+    """The R of the QR decomposition of rows [120] that are seen once, and their sum."""
+
+    def __init__(self) -> None:
+        self.r: Any = np.zeros((0, MAX_ATOMIC_NUMBER + 2))
+        self._sum = np.zeros(MAX_ATOMIC_NUMBER + 2)
+
+    def add(self, rows: Any) -> None:
+        self.r = np.linalg.qr(np.vstack([self.r, rows]), mode="r")
+        self._sum += rows.sum(axis=0)
+
+    def std(self, weights: Any, n: int) -> float:
+        """The standard deviation of ``rows @ weights``: R keeps the norm of every combination of columns."""
+        square, mean = float(np.square(self.r @ weights).sum()), float(self._sum @ weights) / n
+        return float(np.sqrt(max(square - n * mean**2, 0.0) / (n - 1)))
 
 
 def fit_reference(counts: Any, energies_ev: Any) -> Any:
@@ -65,31 +92,3 @@ def fit_reference(counts: Any, energies_ev: Any) -> Any:
         solution, *_ = np.linalg.lstsq(counts[:, present], energies_ev, rcond=RELATIVE_CUTOFF)
         coefficients[present] = solution
     return coefficients
-
-
-def fit_references(counts: Any, energies_ev: Any, source_index: Any, sources: Sequence[str]) -> Any:
-    """One row of coefficients a source: float64 [S, 119] eV."""
-    rows = [fit_reference(counts[source_index == s], energies_ev[source_index == s]) for s in range(len(sources))]
-    return np.stack(rows)
-
-
-class StreamedMoments:
-    """Count, mean and standard deviation of numbers that are seen once (Chan, Golub and LeVeque's update)."""
-
-    def __init__(self) -> None:
-        self.n, self.mean, self._square = 0, 0.0, 0.0
-
-    def add(self, values: Any) -> None:
-        """Take in an array."""
-        n = values.size
-        if n:
-            mean = float(values.mean())
-            apart, total = mean - self.mean, self.n + n
-            self._square += float(np.square(values - mean).sum()) + apart**2 * self.n * n / total
-            self.mean += apart * n / total
-            self.n = total
-
-    @property
-    def std(self) -> float | None:
-        """The standard deviation (n - 1 in the denominator); None of fewer than two numbers."""
-        return float(np.sqrt(self._square / (self.n - 1))) if self.n > 1 else None

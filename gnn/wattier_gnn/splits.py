@@ -60,23 +60,3 @@ def element_masks(group: Any, numbers: Any, n_groups: int) -> Any:
     owner, z = pairs // 128, pairs % 128
     np.bitwise_or.at(masks, (owner, z // 64), np.uint64(1) << (z % 64).astype(np.uint64))
     return masks
-
-
-def split_by_group(
-    groups: Sequence[str], elements: Sequence[frozenset[int]], fractions: Mapping[str, float], seed: int
-) -> Any:
-    """`deal_groups` for the structures of one source, given the group and the elements of each: int8 [B]."""
-    names = sorted(set(groups))
-    row = {name: k for k, name in enumerate(names)}
-    group = np.array([row[name] for name in groups], dtype=np.int64)
-    numbers = np.array([z for present in elements for z in present], dtype=np.int64)
-    owner = np.repeat(group, [len(present) for present in elements])
-    split = deal_groups(
-        names,
-        np.bincount(group, minlength=len(names)),
-        element_masks(owner, numbers, len(names)),
-        np.full(len(names), UNDEALT),
-        fractions=fractions,
-        seed=seed,
-    )
-    return split[group]

@@ -157,7 +157,7 @@ def test_what_is_behind_the_rows_of_the_manifest_is_not_read(folder: Path) -> No
         np.testing.assert_array_equal(values, before[name])
 
 
-@pytest.mark.parametrize("name", ["positions", "keys", "split", "edge_offset", "senders"])
+@pytest.mark.parametrize("name", ["atoms", "keys", "split", "edge_offset", "edges"])
 @pytest.mark.parametrize("change", [-1, None, "4"])
 def test_rows_that_contradict_each_other_are_refused(folder: Path, name: str, change: object) -> None:
     """Each would let a batch read rows that are not there, which kills a process."""
@@ -191,8 +191,8 @@ def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
 
 
 def test_a_missing_folder_or_file_is_refused(folder: Path) -> None:
-    (folder / "edge_shift.bin").unlink()
-    with pytest.raises(DataError, match=r"edge_shift\.bin"):
+    (folder / "edges.bin").unlink()
+    with pytest.raises(DataError, match=r"edges\.bin"):
         Store(folder)
     shutil.rmtree(folder)
     with pytest.raises(DataError, match="not a readable store"):
