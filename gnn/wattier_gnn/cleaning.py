@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,29 +14,59 @@ from wattier_gnn.datasets import Reader
 from wattier_gnn.structure import BadRecord, ShardError, Structure
 
 HEAVIEST_ELEMENT = 118
+# No structure is a tenth of a millimetre wide; beyond, neighbour search would count cells until memory ends.
+MAX_POSITION_ANGSTROM = 1e6
+# Lattice vectors this close to lying in a plane hold no atoms, and a cutoff spans a hundred of their images.
+MIN_CELL_ANGSTROM = 0.1
+UNREADABLE = "unreadable record"
+MAX_MESSAGES = 20  # kept of the bad records of a source; all are counted
+
+ForceNorm = Literal["per_atom", "frobenius"]
 
 
-def removal_reason(structure: Structure, max_force_ev_per_angstrom: float) -> str | None:
+def removal_reason(
+    structure: Structure, max_force_ev_per_angstrom: float, force_norm: ForceNorm = "per_atom"
+) -> str | None:
     """Why a structure must not be trained on; None when it may.
 
     Args:
         structure: what a reader yielded.
-        max_force_ev_per_angstrom: a structure goes when the force on any of its atoms has this L2 norm or a larger one
-            (the published rule; the norm over all atoms together would remove large structures first).
+        max_force_ev_per_angstrom: a structure goes when its force norm is this or larger.
+        force_norm: per_atom takes the largest L2 norm of the force on an atom (the published code), frobenius the norm
+            over all atoms together (the published words), which removes large structures first.
     """
     forces = structure.forces_ev_per_angstrom
     if len(structure.numbers) == 0:
         return "no atoms"
     if structure.numbers.min() < 1 or structure.numbers.max() > HEAVIEST_ELEMENT:
         return "unknown element"
-    cell = structure.cell_angstrom
-    if not np.isfinite(structure.positions_angstrom).all() or (cell is not None and not np.isfinite(cell).all()):
-        return "nan position"
+    if reason := _geometry_reason(structure):
+        return reason
     if not np.isfinite(structure.energy_ev) or (forces is not None and not np.isfinite(forces).all()):
         return "nan label"
-    if forces is not None and np.linalg.norm(forces, axis=1).max() >= max_force_ev_per_angstrom:
+    if forces is not None and _force_norm(forces, force_norm) >= max_force_ev_per_angstrom:
         return "force above threshold"
     return None
+
+
+def _geometry_reason(structure: Structure) -> str | None:
+    cell, positions = structure.cell_angstrom, structure.positions_angstrom
+    if not np.isfinite(positions).all() or (cell is not None and not np.isfinite(cell).all()):
+        return "nan position"
+    if np.abs(positions).max() > MAX_POSITION_ANGSTROM:
+        return "position out of range"
+    if any(structure.pbc) and (cell is None or _thickness(cell[list(structure.pbc)]) < MIN_CELL_ANGSTROM):
+        return "cell without volume"
+    return None
+
+
+def _thickness(vectors: Any) -> float:
+    return float(np.linalg.svd(vectors, compute_uv=False)[-1])
+
+
+def _force_norm(forces: Any, force_norm: ForceNorm) -> float:
+    square = np.einsum("ax,ax->a", forces, forces)
+    return float(np.sqrt(square.max() if force_norm == "per_atom" else square.sum()))
 
 
 @dataclass
@@ -44,16 +74,18 @@ class CleaningReport:
     """Structures by source: read = kept + removed, removed by reason, and the files not read to their end.
 
     Attributes:
-        read: source -> structures read.
+        read: source -> structures read, bad records among them.
         kept: source -> structures kept.
         removed: source -> reason -> structures removed.
         bad_shards: source -> one message for each file that could not be read to its end.
+        bad_records: source -> the first messages of records that could not be used.
     """
 
     read: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
     removed: dict[str, Counter[str]] = field(default_factory=dict)
     bad_shards: dict[str, list[str]] = field(default_factory=dict)
+    bad_records: dict[str, list[str]] = field(default_factory=dict)
 
     def count(self, source: str, reason: str | None) -> None:
         """Count one structure: kept when `reason` is None, removed for it otherwise."""
@@ -63,9 +95,28 @@ class CleaningReport:
         else:
             self.removed.setdefault(source, Counter())[reason] += 1
 
+    def count_bad_record(self, source: str, message: str) -> None:
+        """Count one record that could not be used."""
+        self.count(source, UNREADABLE)
+        messages = self.bad_records.setdefault(source, [])
+        if len(messages) < MAX_MESSAGES:
+            messages.append(message)
+
     def count_bad_shard(self, source: str, message: str) -> None:
         """Record a file that could not be read to its end."""
         self.bad_shards.setdefault(source, []).append(message)
+
+    def add(self, other: CleaningReport) -> None:
+        """Count what another report counted."""
+        self.read.update(other.read)
+        self.kept.update(other.kept)
+        for source, reasons in other.removed.items():
+            self.removed.setdefault(source, Counter()).update(reasons)
+        for source, messages in other.bad_shards.items():
+            self.bad_shards.setdefault(source, []).extend(messages)
+        for source, messages in other.bad_records.items():
+            mine = self.bad_records.setdefault(source, [])
+            mine.extend(messages[: MAX_MESSAGES - len(mine)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -74,6 +125,7 @@ class CleaningReport:
             "kept": dict(self.kept),
             "removed": {source: dict(reasons) for source, reasons in self.removed.items()},
             "bad_shards": {source: list(messages) for source, messages in self.bad_shards.items()},
+            "bad_records": {source: list(messages) for source, messages in self.bad_records.items()},
         }
 
     @classmethod
@@ -84,11 +136,16 @@ class CleaningReport:
             kept=Counter(values["kept"]),
             removed={source: Counter(reasons) for source, reasons in values["removed"].items()},
             bad_shards={source: list(messages) for source, messages in values["bad_shards"].items()},
+            bad_records={source: list(messages) for source, messages in values["bad_records"].items()},
         )
 
 
 def read_clean(
-    reader: Reader, path: Path, max_force_ev_per_angstrom: float, report: CleaningReport
+    reader: Reader,
+    path: Path,
+    max_force_ev_per_angstrom: float,
+    report: CleaningReport,
+    force_norm: ForceNorm = "per_atom",
 ) -> Iterator[Structure]:
     """The structures under `path` that may be trained on; all others, and unreadable files, are counted in `report`.
 
@@ -97,13 +154,13 @@ def read_clean(
     """
     for shard in reader.shards(path):
         try:
-            for structure in reader.read(shard):
-                if isinstance(structure, BadRecord):
-                    report.count(reader.name, "unreadable record")
+            for item in reader.read(shard):
+                if isinstance(item, BadRecord):
+                    report.count_bad_record(reader.name, item.message)
                     continue
-                reason = removal_reason(structure, max_force_ev_per_angstrom)
+                reason = removal_reason(item, max_force_ev_per_angstrom, force_norm)
                 report.count(reader.name, reason)
                 if reason is None:
-                    yield structure
+                    yield item
         except ShardError as error:
             report.count_bad_shard(reader.name, str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from wattier_gnn.batch import Batch
+from wattier_gnn.files import sha256_of
 from wattier_gnn.model import FoundationModel, ModelConfig, source_index_of
 from wattier_gnn.reference import MAX_ATOMIC_NUMBER, composition
 from wattier_gnn.store import join, structures_to_arrays
@@ -139,12 +139,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if (found := sha256_of(file)) != expected:
             raise DataError(f"{file}: sha256 is {found[:12]}..., but must be {expected[:12]}... Get the release anew.")
     return manifest
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_member(folder: Path, name: str) -> FoundationModel:

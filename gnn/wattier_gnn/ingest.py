@@ -1,19 +1,30 @@
-"""From released files to one store: read, clean, split by group, align, precompute neighbours."""
+"""From released files to one store: read, clean, split by group, align, find neighbours.
+
+Files are converted to parts, by several processes, then the parts are joined. Memory is that of a part a process; every
+step may be killed, and the same call goes on and ends with the same bytes. A store may be added to: more files, more
+sources; what is in it stays where it is.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from wattier_gnn.cleaning import CleaningReport, read_clean
+from wattier_gnn.cleaning import CleaningReport, ForceNorm
 from wattier_gnn.datasets import READERS
-from wattier_gnn.splits import SPLIT_NAMES, split_by_group
-from wattier_gnn.store import Store, write_store
-from wattier_gnn.structure import DataError, Structure
+from wattier_gnn.files import locked, write_text
+from wattier_gnn.manifest import MANIFEST, describe, read_manifest
+from wattier_gnn.merge import MergePlan, begin, merge
+from wattier_gnn.parts import DONE, Neighbors, OnBad, Recipe, Shard
+from wattier_gnn.pool import Progress, convert_all
+from wattier_gnn.store import Store
+from wattier_gnn.structure import DataError
+
+STAGING = ".ingest"
 
 
 def ingest(  # noqa: PLR0913  (the whole recipe of a store)
@@ -22,61 +33,196 @@ def ingest(  # noqa: PLR0913  (the whole recipe of a store)
     *,
     cutoff_angstrom: float,
     max_force_ev_per_angstrom: float,
-    on_bad: Literal["refuse", "skip"],
+    on_bad: OnBad,
     split: Mapping[str, float],
     seed: int,
     say: Callable[[str], None],
+    force_norm: ForceNorm = "per_atom",
+    neighbors: Neighbors = "precomputed",
+    workers: int | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    may_be_empty: bool = False,
 ) -> Store:
-    """Read every source under `paths`, and write the store `folder` with a ``cleaning.json`` in it.
+    """Bring every file of every source under `paths` into the store `folder`; files that are in it are left alone.
+
+    Args:
+        paths: source, a key of `datasets.READERS`, -> a file or a folder of files.
+        folder: of the store; made, gone on with, or added to.
+        cutoff_angstrom: of neighbours.
+        max_force_ev_per_angstrom: structures with a larger force norm are removed.
+        on_bad: refuse stops at the first record or file that cannot be read, skip counts it and goes on.
+        split: shares of train, val and test.
+        seed: of the split.
+        say: hears lines of text.
+        force_norm: see `cleaning.removal_reason`.
+        neighbors: whether edges are kept, or found again in each batch.
+        workers: processes; None = as many as there are cores, where there is work for them.
+        progress: hears how far the reading is.
+        may_be_empty: a source may lack a split; otherwise that is refused.
 
     Raises:
-        DataError: a path holds nothing, a source has nothing left after cleaning, a split of a source stays empty, or
-            a file is unreadable and `on_bad` is refuse.
+        DataError: a path holds nothing, a source has nothing left after cleaning or no group for a split, a record or
+            file is unreadable and `on_bad` is refuse, or the store was made with other settings.
     """
-    report = CleaningReport()
-    structures: list[Structure] = []
-    splits = []
-    for source, path in paths.items():
-        kept = list(read_clean(READERS[source], path, max_force_ev_per_angstrom, report))
-        if on_bad == "refuse" and report.bad_shards.get(source):
-            raise DataError(
-                f"{report.bad_shards[source][0]} Replace the file, or set data.on_bad: skip to go on without it."
-            )
-        if not kept:
-            raise DataError(
-                f"{path}: holds no usable {source} structure ({report.read[source]} read), but must hold some. "
-                "Give another path for this source, or remove it from data.sources."
-            )
-        elements = [frozenset(s.numbers.tolist()) for s in kept]
-        source_split = split_by_group([s.group for s in kept], elements, split, seed)
-        _refuse_empty_splits(source, source_split)
-        structures += kept
-        splits.append(source_split)
-        say(_summary(source, report))
-    store = write_store(
-        folder,
-        structures,
-        np.concatenate(splits),
-        sources=list(paths),
-        cutoff_angstrom=cutoff_angstrom,
-        extra_files={"cleaning.json": json.dumps(report.to_dict(), indent=2)},
-    )
-    say(f"store: {len(store)} structures, {len(store.numbers)} atoms, {store.edge_offset[-1]} edges in {folder}")
-    return store
+    recipe = Recipe(cutoff_angstrom, max_force_ev_per_angstrom, force_norm, neighbors)
+    settings = {**asdict(recipe), "split": dict(split), "seed": seed}
+    found = [Shard.of(source, path) for source, where in paths.items() for path in READERS[source].shards(where)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        before = _what_is_there(folder, settings)
+        known = {(f["source"], f["path"], f["bytes"], f["modified_ns"]) for f in _files_of(before)}
+        shards = [s for s in found if (s.source, str(s.path), s.n_bytes, s.modified_ns) not in known]
+        staging = folder / STAGING
+        if shards:
+            _clear_way(staging, recipe)
+            begin(staging, _inputs(before, shards, paths, settings))
+            convert_all(shards, recipe=recipe, on_bad=on_bad, staging=staging, workers=workers, progress=progress)
+            _join(folder, paths, before, shards, settings, say, may_be_empty)
+        else:
+            say(f"store: nothing to do, all {len(found)} files are in {folder}")
+        _clean_up(staging, found, say)
+    return Store(folder)
 
 
 def read_cleaning(store: Store) -> CleaningReport:
     """What was removed on the way into a store."""
-    return CleaningReport.from_dict(json.loads((store.folder / "cleaning.json").read_text()))
+    return CleaningReport.from_dict(store.meta["cleaning"])
 
 
-def _refuse_empty_splits(source: str, split: Any) -> None:
-    for index, name in enumerate(SPLIT_NAMES):
-        if not (split == index).any():
+def _what_is_there(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the store that is to be added to; {} where one is to be made."""
+    inside = {path.name for path in folder.iterdir()} - {".lock"}
+    if not inside or (STAGING in inside and MANIFEST not in inside):
+        return {}
+    manifest = read_manifest(folder)
+    for name, value in settings.items():
+        if manifest["settings"][name] != value:
             raise DataError(
-                f"{source}: the {name} split is empty, but each split must hold a whole group. "
-                "Give more groups (molecules, materials, systems), or a larger share in data.split."
+                f"{folder}: was made with {name} {manifest['settings'][name]}, but must be added to with the same, "
+                f"and {value} was given. Change the setting, or name another folder."
             )
+    return manifest
+
+
+def _files_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every file that a store was made from, with its source."""
+    by_source = manifest.get("by_source", {})
+    return [{"source": name, **file} for name, about in by_source.items() for file in about["files"]]
+
+
+def _clear_way(staging: Path, recipe: Recipe) -> None:
+    """Take away what an interrupted ingestion made by another recipe."""
+    due, path = json.dumps(asdict(recipe)), staging / "recipe.json"
+    if staging.exists() and (not path.exists() or path.read_text() != due):
+        shutil.rmtree(staging)
+    staging.mkdir(exist_ok=True)
+    write_text(path, due)
+
+
+def _inputs(
+    before: Mapping[str, Any], shards: Sequence[Shard], paths: Mapping[str, Path], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that decides what a merge makes of the parts of some files."""
+    return {
+        "rows": before.get("rows"),
+        "files": [shard.id for shard in shards],
+        "sources": list(paths),
+        "settings": dict(settings),
+    }
+
+
+def _clean_up(staging: Path, found: Sequence[Shard], say: Callable[[str], None]) -> None:
+    """Remove what the store no longer needs; what an interrupted ingestion of other files left stays for it."""
+    if staging.exists():
+        for shard in found:
+            shutil.rmtree(staging / shard.id, ignore_errors=True)
+        for path in staging.glob("*.json"):
+            if path.name != "recipe.json":
+                path.unlink()
+        others = sum(path.is_dir() for path in staging.iterdir())
+        if others:
+            say(f"store: {others} more files were begun by an interrupted ingestion and wait in {staging}")
+        else:
+            shutil.rmtree(staging)
+
+
+def _join(  # noqa: PLR0913, PLR0917
+    folder: Path,
+    paths: Mapping[str, Path],
+    before: Mapping[str, Any],
+    shards: Sequence[Shard],
+    settings: Mapping[str, Any],
+    say: Callable[[str], None],
+    may_be_empty: bool,
+) -> None:
+    """Join the parts of all files to the store, and write its manifest, which makes them part of it."""
+    report = CleaningReport.from_dict(before["cleaning"]) if before else CleaningReport()
+    files, plan = _take_stock(folder / STAGING, shards, _files_of(before), report)
+    sources = [*before.get("sources", ()), *(s for s in paths if s not in before.get("sources", ()))]
+    for source in paths:
+        if not report.kept[source]:
+            raise DataError(
+                f"{paths[source]}: holds no usable {source} structure ({report.read[source]} read), but must hold "
+                "some. Give another path for this source, or remove it from data.sources."
+            )
+    index = {source: k for k, source in enumerate(sources)}
+    for source in paths:
+        say(_summary(source, report))
+    rows, table, groups = merge(
+        folder,
+        folder / STAGING,
+        MergePlan(
+            [(shard.id, index[shard.source]) for shard in plan],
+            before.get("rows", {}),
+            before.get("groups", ""),
+            settings["split"],
+            settings["seed"],
+            may_be_empty,
+        ),
+        sources,
+    )
+    manifest = describe(folder, rows, sources=sources, settings=settings, groups=groups, files=files, report=report)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    if before and before["groups"] != groups:
+        (folder / before["groups"]).unlink(missing_ok=True)
+    for warning in table.warnings(sources):
+        say(f"warning: {warning}")
+    for source in paths:
+        spread = manifest["by_source"][source]["residual_std_ev_per_atom"]
+        say(f"{source}: aligned energies spread by {spread * 1000:.1f} meV/atom" if spread is not None else source)
+    say(f"store: {rows['energy']} structures, {rows['atoms']} atoms, {_edges(manifest)} edges in {folder}")
+
+
+def _take_stock(
+    staging: Path, shards: Sequence[Shard], files: list[dict[str, Any]], report: CleaningReport
+) -> tuple[list[dict[str, Any]], list[Shard]]:
+    """All files for the manifest, and those to merge: a file that is there twice is taken once. Adds to `report`."""
+    first = {(file["source"], file["sha256"]): file["path"] for file in files if "duplicate_of" not in file}
+    plan = []
+    for shard in shards:
+        record = json.loads((staging / shard.id / DONE).read_text())
+        file = {
+            "source": shard.source,
+            "name": shard.path.name,
+            "path": str(shard.path),
+            "bytes": shard.n_bytes,
+            "modified_ns": shard.modified_ns,
+            "sha256": record["sha256"],
+        }
+        twin = first.setdefault((shard.source, record["sha256"]), str(shard.path))
+        if twin == str(shard.path):
+            counts = CleaningReport.from_dict(record["report"])
+            report.add(counts)
+            file |= {"read": counts.read[shard.source], "kept": counts.kept[shard.source]}
+            plan.append(shard)
+        else:
+            file |= {"read": 0, "kept": 0, "duplicate_of": twin}
+        files.append(file)
+    return files, plan
+
+
+def _edges(manifest: Mapping[str, Any]) -> int:
+    return sum(about["edges"] for about in manifest["by_source"].values())
 
 
 def _summary(source: str, report: CleaningReport) -> str:

@@ -9,6 +9,8 @@ import vesin
 
 from wattier_gnn.structure import DataError, Structure
 
+MAX_SHIFT = np.iinfo(np.int16).max
+
 
 class Edges(NamedTuple):
     """Directed edges of one structure, sorted by receiver.
@@ -25,25 +27,33 @@ def find_edges(structure: Structure, cutoff_angstrom: float) -> Edges:
     """All pairs closer than the cutoff, every periodic image of a neighbour and of the atom itself included.
 
     Raises:
-        DataError: the structure is periodic, but its lattice vectors span no volume.
+        DataError: the structure is periodic, but its lattice vectors span no volume; or an atom lies too far from
+            its cell.
     """
-    periodic = structure.cell_angstrom is not None and any(structure.pbc)
-    box = structure.cell_angstrom if structure.cell_angstrom is not None else np.zeros((3, 3))
-    finder = vesin.NeighborList(cutoff=cutoff_angstrom, full_list=True)
     try:
-        receivers, senders, shifts = finder.compute(
-            points=structure.positions_angstrom,
-            box=box,
-            periodic=list(structure.pbc) if periodic else False,
-            quantities="ijS",
-        )
+        return edges_of(structure.positions_angstrom, structure.cell_angstrom, structure.pbc, cutoff_angstrom)
     except RuntimeError as error:
         raise DataError(
             f"{structure.source} {structure.key}: no neighbours can be found ({error}), but the lattice vectors of a "
-            "periodic structure must span a volume. Remove the structure, or mend its cell."
+            "periodic structure must span a volume, and hold its atoms. Remove the structure, or mend its cell."
         ) from error
-    order = np.lexsort((senders, receivers))
-    index = np.stack([receivers, senders])[:, order].astype(np.int32)
-    return Edges(
-        index, np.asarray(shifts)[order].astype(np.int16)
-    )  # int8 is too small for atoms that drifted far from their cell
+
+
+def edges_of(positions: Any, cell: Any, pbc: Any, cutoff_angstrom: float) -> Edges:
+    """The edges of atoms at positions [N, 3] in a cell [3, 3] or None; raises RuntimeError as `find_edges` says."""
+    periodic = np.asarray(pbc, dtype=bool) & (cell is not None)
+    # One thread: parallel work is over structures, and the order of edges must not vary.
+    finder = vesin.NeighborList(cutoff=cutoff_angstrom, full_list=True, sorted=True, n_threads=1)
+    pairs, shifts = finder.compute(
+        points=positions,
+        box=np.zeros((3, 3)) if cell is None else cell,
+        periodic=periodic,
+        quantities="PS",
+        copy=False,  # they are copied below, while the finder that owns them is there
+    )
+    # int8 is too small for atoms that drifted far from their cell
+    if len(shifts) and np.abs(shifts).max() > MAX_SHIFT:
+        raise RuntimeError(f"an atom is more than {MAX_SHIFT} cells away")
+    # Receivers come sorted, but the order within one receiver is not promised.
+    order = np.argsort(pairs[:, 0] * len(positions) + pairs[:, 1], kind="stable")
+    return Edges(pairs.T[:, order].astype(np.int32), shifts[order].astype(np.int16))

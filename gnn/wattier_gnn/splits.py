@@ -9,36 +9,54 @@ import numpy as np
 
 TRAIN, VAL, TEST = 0, 1, 2
 SPLIT_NAMES = ("train", "val", "test")
+UNDEALT = -1
 
 
-def split_by_group(
-    groups: Sequence[str], elements: Sequence[frozenset[int]], fractions: Mapping[str, float], seed: int
+def deal_groups(  # noqa: PLR0913  (most are keywords)
+    names: Sequence[str], sizes: Any, elements: Any, dealt: Any, *, fractions: Mapping[str, float], seed: int
 ) -> Any:
-    """One of 0 (train), 1 (val), 2 (test) for each structure of one source: int8 [B].
+    """One of 0 (train), 1 (val), 2 (test) for each group of one source: int8 [G].
 
     Groups are shuffled, then dealt out until every split has its share of structures. A group that holds an element not
     yet in training goes to training: a composition baseline for an element never seen would be a guess.
+
+    Args:
+        names: of the groups; the shuffle depends on them and on the seed, not on their order here.
+        sizes: int64 [G], structures of each.
+        elements: uint64 [G, 2], bit Z of these 128 is set where the group holds element Z.
+        dealt: int8 [G], the split of a group that was dealt before and stays, or `UNDEALT`.
+        fractions: shares of the structures.
+        seed: of the shuffle.
     """
-    names = sorted(set(groups))
-    members: dict[str, list[int]] = {name: [] for name in names}
-    for index, name in enumerate(groups):
-        members[name].append(index)
-    held_out = {VAL: fractions["val"] * len(groups), TEST: fractions["test"] * len(groups)}
-    order = np.random.default_rng(seed).permutation(len(names))
-    covered: set[int] = set()
-    dealt = []
-    for name in (names[k] for k in order):
-        present = frozenset[int]().union(*(elements[i] for i in members[name]))
-        if not present <= covered:
-            covered |= present
+    split = np.array(dealt, dtype=np.int8)
+    n_structures = int(np.sum(sizes))
+    held_out = {part: fractions[SPLIT_NAMES[part]] * n_structures for part in (TEST, VAL)}
+    filled = {part: int(np.sum(sizes[split == part])) for part in (TEST, VAL)}
+    masks = [low | high << 64 for low, high in elements.tolist()]
+    covered = 0
+    for mask in (masks[k] for k in np.flatnonzero(split == TRAIN)):
+        covered |= mask
+    fresh = sorted(np.flatnonzero(split == UNDEALT).tolist(), key=names.__getitem__)
+    shuffled = [fresh[k] for k in np.random.default_rng(seed).permutation(len(fresh))]
+    rest = []
+    for group in shuffled:
+        if masks[group] & ~covered:
+            covered |= masks[group]
+            split[group] = TRAIN
         else:
-            dealt.append(name)
-    split = np.zeros(len(groups), dtype=np.int8)
-    filled = {VAL: 0, TEST: 0}
-    for name in dealt:
-        for part in (TEST, VAL):
-            if filled[part] < held_out[part]:
-                split[members[name]] = part
-                filled[part] += len(members[name])
-                break
+            rest.append(group)
+    for group in rest:
+        part = next((part for part in (TEST, VAL) if filled[part] < held_out[part]), TRAIN)
+        split[group] = part
+        if part != TRAIN:
+            filled[part] += int(sizes[group])
     return split
+
+
+def element_masks(group: Any, numbers: Any, n_groups: int) -> Any:
+    """The elements of groups as `deal_groups` takes them: uint64 [n_groups, 2], from group and number of each atom."""
+    masks = np.zeros((n_groups, 2), dtype=np.uint64)
+    pairs = np.unique(np.asarray(group, dtype=np.int64) * 128 + numbers)
+    owner, z = pairs // 128, pairs % 128
+    np.bitwise_or.at(masks, (owner, z // 64), np.uint64(1) << (z % 64).astype(np.uint64))
+    return masks

@@ -1,6 +1,7 @@
 """The cleaned, aligned structures of all sources in one memory-mapped folder.
 
-Arrays of all structures are concatenated; offsets say where each begins. The folder appears whole or not at all.
+Columns of all structures are concatenated; offsets say where each begins. What the manifest names is whole; the folder
+may be added to while others read it.
 """
 
 from __future__ import annotations
@@ -9,58 +10,67 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from wattier_gnn.arrays import (
+    concatenated,
+    offsets,
+    pack_atoms,
+    pack_edges,
+    pack_texts,
+    ragged,
+    structures_to_arrays,
+    unpack_atoms,
+    unpack_edges,
+)
 from wattier_gnn.batch import Batch
-from wattier_gnn.neighbors import find_edges
-from wattier_gnn.reference import composition, fit_references
-from wattier_gnn.splits import TRAIN
+from wattier_gnn.cleaning import CleaningReport
+from wattier_gnn.columns import Appender, open_columns
+from wattier_gnn.files import write_text
+from wattier_gnn.groups import GroupTable
+from wattier_gnn.manifest import MANIFEST, describe, read_manifest
+from wattier_gnn.neighbors import edges_of, find_edges
+from wattier_gnn.reference import MAX_ATOMIC_NUMBER, baseline
+from wattier_gnn.splits import element_masks
 from wattier_gnn.structure import DataError, Structure
 
-FORMAT_VERSION = 1
-ARRAYS = (
-    "numbers", "positions", "forces", "force_mask", "atom_offset", "cells", "pbc", "energy", "source_index", "split",
-    "edge_index", "edge_shift", "edge_offset", "references",
-)  # fmt: skip
+__all__ = ["Store", "join", "ragged", "structures_to_arrays", "write_store"]
 
 
 class Store:
     """Read access to a store; every process may open the same folder.
 
     Attributes:
-        meta: sources, cutoff_angstrom, energy_scale_ev, mean_neighbors, groups, keys.
-        numbers uint8 [N], positions float64 [N, 3], energy float64 [B] (total, eV), references float64 [S, 119],
-        n_atoms and n_edges int64 [B] ...
+        meta: the manifest: sources, cutoff_angstrom, energy_scale_ev, mean_neighbors, settings, by_source ...
+        columns: all columns by name, see `arrays.COLUMNS`; B structures, N atoms, S sources.
+        energy: float64 [B] total, eV. source_index, split, n_atoms, n_edges, atom_offset, edge_offset: see `COLUMNS`.
+        references: float64 [S, 119] eV.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises DataError where the folder is missing, of another version, or truncated."""
+        """Raises DataError where the folder is missing, not finished, of another version, or truncated."""
         self.folder = folder
+        self.meta: dict[str, Any] = read_manifest(folder)
         try:
-            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
-        except (OSError, ValueError, EOFError) as error:
+            self.columns = open_columns(folder, self.meta["rows"])
+            self.references = np.array(self.meta["references_ev"], dtype=np.float64)
+            self.finds_edges = self.meta["settings"]["neighbors"] == "on_the_fly"
+            whole = self.references.shape == (len(self.meta["sources"]), MAX_ATOMIC_NUMBER + 1)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{folder}: not a readable store ({error}). Remove the folder and prepare the data again."
+                f"{folder}: not a readable store ({MANIFEST}: {error!r}). Remove the folder and prepare the data again."
             ) from error
-        version = self.meta.get("format_version") if isinstance(self.meta, dict) else None
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{folder}: store version is {version}, but must be {FORMAT_VERSION}. "
-                "Remove the folder and prepare the data again."
-            )
-        for name in ("atom_offset", "edge_offset", "source_index", "split", "references"):
-            arrays[name] = np.array(arrays[name])  # small and asked for in every batch: kept in memory
-        self._arrays = arrays
-        self.numbers, self.positions, self.energy = arrays["numbers"], arrays["positions"], arrays["energy"]
-        self.forces, self.force_mask = arrays["forces"], arrays["force_mask"]
-        self.atom_offset, self.edge_offset = arrays["atom_offset"], arrays["edge_offset"]
-        self.source_index, self.split, self.references = arrays["source_index"], arrays["split"], arrays["references"]
-        self.n_atoms, self.n_edges = np.diff(self.atom_offset), np.diff(self.edge_offset)
+        if not whole:
+            raise DataError(f"{folder}: not a readable store (references). Remove the folder and prepare it again.")
+        self.energy = self.columns["energy"]
+        self.source_index, self.split = self.columns["source_index"], self.columns["split"]
+        self.n_atoms, self.n_edges = self.columns["n_atoms"], self.columns["n_edges"]
+        self.atom_offset, self.edge_offset = self.columns["atom_offset"], self.columns["edge_offset"]
 
     def __len__(self) -> int:
         return len(self.source_index)
@@ -70,145 +80,155 @@ class Store:
         """Source names; `source_index` points into them."""
         return tuple(self.meta["sources"])
 
+    @cached_property
+    def groups(self) -> GroupTable:
+        """The table of groups; the column ``group`` points into it."""
+        return GroupTable.load(self.folder / self.meta["groups"])
+
+    def key(self, index: int) -> str:
+        """The name of a structure within its source."""
+        start, stop = self.columns["key_offset"][index], self.columns["key_offset"][index + 1]
+        return bytes(self.columns["keys"][start:stop]).decode()
+
     def indices(self, split: int) -> Any:
         """Positions of the structures of one split: int64 [n]."""
         return np.flatnonzero(self.split == split)
 
     def baseline_ev(self, indices: Any) -> Any:
         """Composition reference energies of some structures: float64 [n] eV."""
-        atoms, _ = ragged(self.atom_offset, indices)
-        counts = composition(self.numbers[atoms], self.n_atoms[indices])
-        return np.einsum("bz,bz->b", counts, self.references[self.source_index[indices]])
+        indices = np.asarray(indices, dtype=np.int64)
+        numbers = rows_of(self.columns["atoms"], self.atom_offset, indices)["numbers"]
+        return baseline(numbers, self.n_atoms[indices], self.references[self.source_index[indices]])
+
+    def gather(self, indices: Any, *, edges: bool = True) -> dict[str, Any]:
+        """Copies of the raw arrays of the structures at `indices` (int64 [B]), as `structures_to_arrays` lays them out.
+
+        edges: False leaves out edge_index and edge_shift; edge_offset still counts them.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        atoms = rows_of(self.columns["atoms"], self.atom_offset, indices)
+        kept = edges and not self.finds_edges
+        return self.unpacked(
+            indices, atoms, rows_of(self.columns["edges"], self.edge_offset, indices) if kept else None, edges=edges
+        )
+
+    def unpacked(self, indices: Any, atoms: Any, edge_records: Any, *, edges: bool = True) -> dict[str, Any]:
+        """What `gather` gives, from the records of the structures' atoms and edges (None where there are none)."""
+        arrays = unpack_atoms(atoms)
+        arrays |= {name: self.columns[name][indices] for name in ("cells", "pbc", "source_index")}
+        arrays["energy"] = self.energy[indices]
+        arrays["atom_offset"] = offsets(self.n_atoms[indices])
+        arrays["edge_offset"] = offsets(self.n_edges[indices])
+        if edges:
+            arrays |= self._found_edges(arrays) if edge_records is None else unpack_edges(edge_records)
+        return arrays
 
     def batch(self, indices: Any) -> Batch:
         """Join the structures at `indices` (int64 [B]) into one batch."""
-        return join(self._arrays, indices, self.energy[indices] - self.baseline_ev(indices))
+        return self.joined(self.gather(indices))
 
     def batch_of(self, parts: Sequence[Any], rank: int) -> Batch:
         """This rank's batch of a step, given every rank's indices: a store that is spread over ranks needs them all."""
         return self.batch(parts[rank])
 
+    def joined(self, arrays: Mapping[str, Any]) -> Batch:
+        """The batch of what `gather` found: the energy to be learned is what the composition does not explain."""
+        n_atoms = np.diff(arrays["atom_offset"])
+        reference = baseline(arrays["numbers"], n_atoms, self.references[arrays["source_index"]])
+        return _batch(arrays, arrays["energy"] - reference)
+
+    def _found_edges(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        bounds = arrays["atom_offset"]
+        edges = [
+            edges_of(arrays["positions"][a:b], cell if cell.any() else None, pbc, self.meta["cutoff_angstrom"])
+            for a, b, cell, pbc in zip(bounds[:-1], bounds[1:], arrays["cells"], arrays["pbc"], strict=True)
+        ]
+        nothing = concatenated([], [], [])
+        return {
+            "edge_index": np.concatenate([nothing["edge_index"], *(e.index for e in edges)], axis=1),
+            "edge_shift": np.concatenate([nothing["edge_shift"], *(e.shift for e in edges)]),
+        }
+
+
+def rows_of(column: Any, offset: Any, indices: Any) -> Any:
+    """The records of some variable-length entries, one after another."""
+    starts, stops, size = offset[indices].tolist(), offset[indices + 1].tolist(), column.dtype.itemsize
+    data = column.view(np.uint8)  # joining bytes is 30 times as fast as joining records
+    runs = [data[a * size : b * size] for a, b in zip(starts, stops, strict=True)]
+    return np.concatenate(runs).view(column.dtype) if runs else column[:0].copy()
+
 
 def join(arrays: Mapping[str, Any], indices: Any, energy_ev: Any) -> Batch:
     """One batch of the structures at `indices` (int64 [B]) of `structures_to_arrays`; energy_ev [B] to be learned."""
     indices = np.asarray(indices)
-    atoms, structure_of_atom = ragged(arrays["atom_offset"], indices)
-    edges, structure_of_edge = ragged(arrays["edge_offset"], indices)
-    n_atoms = arrays["atom_offset"][indices + 1] - arrays["atom_offset"][indices]
-    first_atom = np.cumsum(n_atoms) - n_atoms
-    edge_index = arrays["edge_index"][:, edges].astype(np.int64) + first_atom[structure_of_edge]
-    cells = np.asarray(arrays["cells"][indices])[structure_of_edge]
-    shift = np.einsum("ea,eax->ex", arrays["edge_shift"][edges].astype(np.float64), cells)
+    atoms, _ = ragged(arrays["atom_offset"], indices)
+    edges, _ = ragged(arrays["edge_offset"], indices)
+    chosen = {name: arrays[name][atoms] for name in ("numbers", "positions", "forces", "force_mask")}
+    chosen |= {name: arrays[name][indices] for name in ("cells", "source_index")}
+    chosen |= {name: offsets(np.diff(arrays[name])[indices]) for name in ("atom_offset", "edge_offset")}
+    chosen |= {"edge_index": arrays["edge_index"][:, edges], "edge_shift": arrays["edge_shift"][edges]}
+    return _batch(chosen, energy_ev)
+
+
+def _batch(arrays: Mapping[str, Any], energy_ev: Any) -> Batch:
+    """The batch of all structures of some arrays."""
+    n_atoms, n_edges = np.diff(arrays["atom_offset"]), np.diff(arrays["edge_offset"])
+    structures = np.arange(len(n_atoms))
+    structure_of_edge = np.repeat(structures, n_edges)
+    shift = arrays["edge_shift"].astype(np.float64)  # 0 where there is no cell
+    for k in np.flatnonzero(arrays["cells"].any(axis=(1, 2))):
+        its = slice(arrays["edge_offset"][k], arrays["edge_offset"][k + 1])
+        shift[its] = shift[its] @ arrays["cells"][k]
     dtype = torch.get_default_dtype()
     return Batch(
-        numbers=torch.from_numpy(arrays["numbers"][atoms].astype(np.int64)),
-        positions=torch.from_numpy(arrays["positions"][atoms]).to(dtype),
-        edge_index=torch.from_numpy(edge_index),
+        numbers=torch.from_numpy(arrays["numbers"].astype(np.int64)),
+        positions=torch.from_numpy(arrays["positions"]).to(dtype),
+        edge_index=torch.from_numpy(arrays["edge_index"] + arrays["atom_offset"][structure_of_edge]),
         edge_shift=torch.from_numpy(shift).to(dtype),
-        structure_index=torch.from_numpy(structure_of_atom),
-        source_index=torch.from_numpy(arrays["source_index"][indices].astype(np.int64)),
+        structure_index=torch.from_numpy(np.repeat(structures, n_atoms)),
+        source_index=torch.from_numpy(arrays["source_index"].astype(np.int64)),
         n_atoms=torch.from_numpy(n_atoms),
         energy=torch.from_numpy(energy_ev).to(dtype),
-        forces=torch.from_numpy(arrays["forces"][atoms]).to(dtype),
-        force_mask=torch.from_numpy(arrays["force_mask"][atoms]),
+        forces=torch.from_numpy(arrays["forces"]).to(dtype),
+        force_mask=torch.from_numpy(arrays["force_mask"]),
     )
 
 
-def ragged(offset: Any, indices: Any) -> tuple[Any, Any]:
-    """Flat positions of the rows of some variable-length entries, and which entry each row belongs to."""
-    starts, lengths = offset[indices], offset[np.asarray(indices) + 1] - offset[indices]
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return starts[owner] + within, owner
-
-
-def structures_to_arrays(
-    structures: Sequence[Structure], sources: Sequence[str], cutoff_angstrom: float
-) -> dict[str, Any]:
-    """Concatenated arrays of some structures, edges included; `split` and `references` are left to the caller."""
-    edges = [find_edges(s, cutoff_angstrom) for s in structures]
-    n_atoms = [len(s.numbers) for s in structures]
-    known = [s.forces_ev_per_angstrom is not None for s in structures]
-    forces = [
-        s.forces_ev_per_angstrom if s.forces_ev_per_angstrom is not None else np.zeros((len(s.numbers), 3))
-        for s in structures
-    ]
-    zero = np.zeros((3, 3))
-    return {
-        "numbers": np.concatenate([s.numbers for s in structures]).astype(np.uint8),
-        "positions": np.concatenate([s.positions_angstrom for s in structures]),
-        "forces": np.concatenate(forces),
-        "force_mask": np.repeat(known, n_atoms),
-        "atom_offset": np.concatenate([[0], np.cumsum(n_atoms)]).astype(np.int64),
-        "cells": np.stack([s.cell_angstrom if s.cell_angstrom is not None else zero for s in structures]),
-        "pbc": np.array([s.pbc for s in structures]),
-        "energy": np.array([s.energy_ev for s in structures]),
-        "source_index": np.array([list(sources).index(s.source) for s in structures], dtype=np.int16),
-        "edge_index": np.concatenate([e.index for e in edges], axis=1),
-        "edge_shift": np.concatenate([e.shift for e in edges]),
-        "edge_offset": np.concatenate([[0], np.cumsum([e.index.shape[1] for e in edges])]).astype(np.int64),
-    }
-
-
-def write_store(  # noqa: PLR0913  (most are keywords)
-    folder: Path,
-    structures: Sequence[Structure],
-    split: Any,
-    *,
-    sources: Iterable[str],
-    cutoff_angstrom: float,
-    extra_files: Mapping[str, str] | None = None,
+def write_store(
+    folder: Path, structures: Sequence[Structure], split: Any, *, sources: Iterable[str], cutoff_angstrom: float
 ) -> Store:
-    """Fit the references on the training split, then write the folder atomically and open it."""
-    names = list(sources)
-    arrays = structures_to_arrays(structures, names, cutoff_angstrom)
-    counts = composition(arrays["numbers"], np.diff(arrays["atom_offset"]))
-    training = split == TRAIN
-    arrays["split"] = split
-    arrays["references"] = fit_references(
-        counts[training], arrays["energy"][training], arrays["source_index"][training], names
-    )
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "sources": names,
-        "cutoff_angstrom": cutoff_angstrom,
-        "energy_scale_ev": _force_scales(arrays, training, len(names)),
-        "mean_neighbors": arrays["edge_offset"][-1] / max(arrays["atom_offset"][-1], 1),
-        "groups": [s.group for s in structures],
-        "keys": [s.key for s in structures],
-    }
-    _write_atomically(folder, arrays, {"meta.json": json.dumps(meta), **(extra_files or {})})
-    return Store(folder)
+    """A store of structures that are in memory and already split; the folder appears whole, or not at all.
 
-
-def _write_atomically(folder: Path, arrays: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-    """A folder of files, under its name only when all of them are on the disk."""
+    A group is torn apart where `split` (int8 [B]) says so.
+    """
+    names, table = list(sources), GroupTable()
+    edges = [find_edges(s, cutoff_angstrom) for s in structures]
+    arrays = concatenated(structures, edges, [names.index(s.source) for s in structures])
+    keys, key_offset = pack_texts([s.key for s in structures])
+    rows = np.array([table.rows(k, [s.group])[0] for k, s in zip(arrays["source_index"], structures, strict=True)])
+    group_of_atom = np.repeat(rows, np.diff(arrays["atom_offset"]))
+    table.count(np.arange(len(table)), np.bincount(rows), element_masks(group_of_atom, arrays["numbers"], len(table)))
+    table.split[rows] = split
+    arrays |= {
+        "atoms": pack_atoms(arrays), "edges": pack_edges(arrays), "group": rows, "split": np.asarray(split),
+        "keys": keys, "key_offset": key_offset,
+    }  # fmt: skip
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for name, array in arrays.items():
-            with (temporary / f"{name}.npy").open("wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, text in texts.items():
-            with (temporary / name).open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+        with Appender(temporary) as appender:
+            appender.append(arrays)
+            appender.flush()
+        table.save(temporary / "groups-0.safetensors")
+        settings = {"cutoff_angstrom": cutoff_angstrom, "neighbors": "precomputed"}
+        manifest = describe(
+            temporary, appender.rows, sources=names, settings=settings, groups="groups-0.safetensors", files=[],
+            report=CleaningReport(),
+        )  # fmt: skip
+        write_text(temporary / MANIFEST, json.dumps(manifest))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _force_scales(arrays: dict[str, Any], training: Any, n_sources: int) -> list[float]:
-    """Root mean square force component of each source's training structures, 1 where no forces are known."""
-    atom_structure = np.repeat(np.arange(len(training)), np.diff(arrays["atom_offset"]))
-    scales = []
-    for source in range(n_sources):
-        chosen = (training & (arrays["source_index"] == source))[atom_structure] & arrays["force_mask"]
-        rms = float(np.sqrt(np.mean(arrays["forces"][chosen] ** 2))) if chosen.any() else 1.0
-        scales.append(max(rms, 1e-3))
-    return scales
+    return Store(folder)

@@ -44,13 +44,42 @@ class SplitSection(Section):
 
 
 class DataSection(Section):
-    """What to read and how to clean it. A source is a path, or `sample` for the corpus that ships with Wattier."""
+    """What to read and how to clean it. A source is a path, or `sample` for the corpus that ships with Wattier.
 
-    sources: dict[SourceName, PathText] = Field(min_length=1)
+    store: a folder that `wattier data ingest` made, shared by several runs; null = the run makes its own, from sources.
+    force_norm: per_atom compares the largest force on an atom with the threshold, frobenius the norm over all atoms.
+    neighbors: precomputed takes room on the disk (14 bytes an edge), on_the_fly takes time in each batch.
+    placement: mapped reads the store as it lies; spread loads it once, a share into the memory of each rank.
+    """
+
+    sources: dict[SourceName, PathText] = {}
+    store: PathText | None = None
     cutoff_angstrom: PositiveFloat = 5.0
     max_force_ev_per_angstrom: PositiveFloat = 100.0
+    force_norm: Literal["per_atom", "frobenius"] = "per_atom"
     on_bad: Literal["refuse", "skip"] = "refuse"
     split: SplitSection = SplitSection()
+    neighbors: Literal["precomputed", "on_the_fly"] = "precomputed"
+    placement: Literal["mapped", "spread"] = "mapped"
+
+    @model_validator(mode="after")
+    def _something_to_read(self) -> Self:
+        if not self.sources and self.store is None:
+            raise ValueError("sources is {} and store is null, but one must be given. Name at least one source")
+        return self
+
+
+def data_section(base: DataSection | None, options: dict[str, Any]) -> DataSection:
+    """A data section with some options of a command put in.
+
+    Raises:
+        UserError: a wrong value; the first one, in one line.
+    """
+    values = base.model_dump() if base is not None else {}
+    try:
+        return DataSection.model_validate({**values, **options})
+    except ValidationError as error:
+        raise UserError(explain(Path("options"), DataSection, error)) from error
 
 
 class ModelSection(Section):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console, JustifyMethod
+from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +22,11 @@ from wattier.rundir import RunDir, read_json_lines
 from wattier.units import format_joules, format_ratio
 from wattier.views import selection_info
 
+if TYPE_CHECKING:
+    from wattier_gnn.pool import Progress
+
 LIVE_REFRESH_SECONDS = 1.0
+PLAIN_PROGRESS_SECONDS = 10.0
 THROTTLED_MARK = "*"
 THROTTLED_LINE = (
     "* throttled: its devices' clocks were held down for more than telemetry.throttled_share of its time, so its "
@@ -43,6 +50,8 @@ class RunConsole:
         self.console = console or make_console()
         self._started = time.monotonic()
         self._live: Live | None = None
+        self._status = Text()
+        self._plain = _Seldom(self.say)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -71,6 +80,13 @@ class RunConsole:
         """One line of progress."""
         self.console.print(Text(f"[{self._clock()}]   {text}"))
 
+    def progress(self, done: Progress) -> None:
+        """How far the reading of files is: a line that changes in a terminal, a line now and then elsewhere."""
+        if self._live is None:
+            self._plain.tell(done)
+        else:
+            self._status = Text("" if done.files_done == done.files else progress_text(done))
+
     def trial(self, result: TrialResult, done: int, total: int) -> None:
         """A trial ended."""
         loss = "loss unknown" if result.val_loss is None else f"loss {result.val_loss:.4f}"
@@ -90,7 +106,59 @@ class RunConsole:
     def _refresh(self) -> None:
         while not self._stop.wait(LIVE_REFRESH_SECONDS):
             if self._live is not None:
-                self._live.update(running_table(self.run.path), refresh=True)
+                self._live.update(Group(running_table(self.run.path), self._status), refresh=True)
+
+
+class IngestConsole:
+    """Progress of an ingestion that belongs to no run. Use as a context manager: in a terminal it shows a bar."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or make_console()
+        self._bar: Bar | None = None
+        self._plain = _Seldom(self.say)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._bar = Bar(BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
+                            console=self.console, transient=True)  # fmt: skip
+            self._task = self._bar.add_task("reading", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line of progress."""
+        self.console.print(Text(text))
+
+    def progress(self, done: Progress) -> None:
+        """How far the reading of files is."""
+        if self._bar is None:
+            self._plain.tell(done)
+        else:
+            self._bar.update(self._task, completed=done.bytes_done, total=done.bytes, description=progress_text(done))
+
+
+def progress_text(done: Progress) -> str:
+    """How far the reading of files is, in words."""
+    return f"{done.files_done} of {done.files} files, {done.structures_read:,} structures read"
+
+
+class _Seldom:
+    """Says how far an ingestion is, but not all the time."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._last = say, time.monotonic()
+
+    def tell(self, done: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last >= PLAIN_PROGRESS_SECONDS:
+            self._last = now
+            self._say(progress_text(done))
 
 
 def make_console() -> Console:

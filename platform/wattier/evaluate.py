@@ -14,7 +14,7 @@ from wattier.rundir import RunDir, write_json
 from wattier.trial import load_member
 from wattier_gnn.ensemble import Ensemble, spread
 from wattier_gnn.splits import TEST, TRAIN, VAL
-from wattier_gnn.store import Store, ragged
+from wattier_gnn.store import Store
 from wattier_gnn.uncertainty import calibration, fit_scale, rank_correlation
 
 BATCH_STRUCTURES = 64
@@ -94,20 +94,21 @@ def load_ensemble(run: RunDir, members: Sequence[TrialResult], store: Store, dev
 def predict_split(ensemble: Ensemble, store: Store, split: int) -> Predictions:
     """Run the ensemble over all structures of one split."""
     indices = store.indices(split)
-    energies, forces = [], []
+    energies, forces, true_forces, known = [], [], [], []
     for start in range(0, len(indices), BATCH_STRUCTURES):
-        part = indices[start : start + BATCH_STRUCTURES]
-        prediction = ensemble.predict_batch(store.batch(part), np.zeros(len(part)))
+        arrays = store.gather(indices[start : start + BATCH_STRUCTURES])
+        prediction = ensemble.predict_batch(store.joined(arrays), np.zeros(len(arrays["energy"])))
         energies.append(prediction.member_energies_ev)
         forces.append(prediction.member_forces_ev_per_angstrom)
+        true_forces.append(arrays["forces"])
+        known.append(arrays["force_mask"])
     energy, force = np.concatenate(energies, axis=1), np.concatenate(forces, axis=1)
-    true = np.asarray(store.energy[indices]) - store.baseline_ev(indices)
-    atoms, owner = ragged(store.atom_offset, indices)
-    source_index = store.source_index[indices]
+    true = store.energy[indices] - store.baseline_ev(indices)
+    n_atoms, source_index = store.n_atoms[indices], store.source_index[indices]
     return Predictions(
-        energy.mean(axis=0) - true, spread(energy), true, store.n_atoms[indices], source_index,
-        np.asarray(store.forces[atoms]), force.mean(axis=0), spread(force), np.asarray(store.force_mask[atoms]),
-        source_index[owner],
+        energy.mean(axis=0) - true, spread(energy), true, n_atoms, source_index,
+        np.concatenate(true_forces), force.mean(axis=0), spread(force), np.concatenate(known),
+        np.repeat(source_index, n_atoms),
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from wattier.records import TrialResult
 from wattier.rundir import FULL_STAGE, RunDir
 from wattier.trial import load_member, settings_of
 from wattier.units import format_joules
-from wattier_gnn.ensemble import MANIFEST, SCHEMA_VERSION, Ensemble, sha256_of
+from wattier_gnn.ensemble import MANIFEST, SCHEMA_VERSION, Ensemble
+from wattier_gnn.files import sha256_of
 from wattier_gnn.properties import promised
 from wattier_gnn.store import Store
 

@@ -180,9 +180,9 @@ def _varied(trials: views.TrialsInfo) -> list[str]:
 
 
 def _cleaning(run: RunDir) -> dict[str, Any]:
-    path = run.store_path / "cleaning.json"
-    data: dict[str, Any] = read_json(path) if path.exists() else {}
-    return data
+    path = run.store_manifest_path
+    cleaning: dict[str, Any] = read_json(path).get("cleaning", {}) if path.exists() else {}
+    return cleaning
 
 
 def _versions() -> dict[str, str]:

@@ -44,6 +44,7 @@ class RunDir:
         self.report_path = self.path / "report.html"
         self.release_path = self.path / "release"
         self.store_path = self.path / "data" / "store"
+        self.store_manifest_path = self.store_path / "manifest.json"  # there when the store is finished
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:

@@ -95,7 +95,7 @@ def test_it_prints_tiers_joules_and_the_report(quickstart: Quickstart) -> None:
 
 
 def test_planted_defects_are_found_and_counted(quickstart: Quickstart) -> None:
-    report = json.loads((quickstart.run.store_path / "cleaning.json").read_text())
+    report = json.loads((quickstart.run.store_path / "manifest.json").read_text())["cleaning"]
     assert len(report["bad_shards"]["oc20"]) == 1
     assert {source: reasons["force above threshold"] for source, reasons in report["removed"].items()} == {
         "ani1x": 2, "qm7x": 1, "oc20": 1, "oc22": 1, "mptrj": 1,

@@ -9,15 +9,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wattier_gnn.reference import composition, fit_reference, fit_references
-from wattier_gnn.splits import TEST, TRAIN, VAL, split_by_group
+from wattier_gnn.reference import StreamedReference, baseline, composition, fit_reference
+from wattier_gnn.splits import TEST, TRAIN, UNDEALT, VAL, deal_groups, element_masks
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
+
+
+def streamed(counts: Any, energies: Any, chunk: int = 7) -> StreamedReference:
+    fit = StreamedReference()
+    for first in range(0, len(counts), chunk):
+        fit.add(counts[first : first + chunk], energies[first : first + chunk])
+    return fit
+
+
+def streamed_coefficients(counts: Any, energies: Any) -> Any:
+    return streamed(counts, energies).coefficients()
+
+
+FITS = pytest.mark.parametrize("fit", [fit_reference, streamed_coefficients])
+
+
+def split_by_group(groups: list[str], elements: list[frozenset[int]], fractions: Any, seed: int) -> Any:
+    """The split of each structure, given its group and elements."""
+    names = sorted(set(groups))
+    group = np.array([names.index(name) for name in groups])
+    numbers = np.array([z for present in elements for z in present])
+    masks = element_masks(np.repeat(group, [len(present) for present in elements]), numbers, len(names))
+    dealt = np.full(len(names), UNDEALT)
+    return deal_groups(names, np.bincount(group), masks, dealt, fractions=fractions, seed=seed)[group]
 
 
 def random_counts(rng: Any, n: int, elements: list[int]) -> Any:
     counts = np.zeros((n, 119))
     counts[:, elements] = rng.integers(0, 20, (n, len(elements)))
+    counts[:, elements[0]] += 1  # no structure is empty
     return counts
 
 
@@ -30,44 +55,87 @@ def test_composition_counts_every_element() -> None:
     assert composition(np.array([], dtype=int), np.array([], dtype=int)).shape == (0, 119)
 
 
-def test_exact_linear_data_is_recovered_at_total_energies_in_float64() -> None:
+@FITS
+def test_exact_linear_data_is_recovered_at_total_energies_in_float64(fit: Any) -> None:
     """Total energies of -1e4 eV and more an atom; the coefficients come back to a micro-eV."""
     rng = np.random.default_rng(0)
     elements = [1, 6, 7, 8, 17]
     truth = np.zeros(119)
     truth[elements] = [-13.6057123, -1029.1234567, -1485.7654321, -2042.9876543, -12522.1357911]
     counts = random_counts(rng, 200, elements)
-    found = fit_reference(counts, counts @ truth)
+    found = fit(counts, counts @ truth)
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-6)
     absent = np.setdiff1d(np.arange(119), elements)
     assert not found[absent].any()
 
 
-def test_residuals_are_those_of_least_squares() -> None:
+@FITS
+def test_residuals_are_those_of_least_squares(fit: Any) -> None:
     rng = np.random.default_rng(1)
     counts = random_counts(rng, 100, [1, 8])
     energies = counts @ np.linspace(-1e4, 0, 119) + rng.normal(0, 1, 100)
-    residual = energies - counts @ fit_reference(counts, energies)
+    residual = energies - counts @ fit(counts, energies)
     np.testing.assert_allclose(counts.T @ residual, 0, atol=1e-5)
 
 
-def test_collinear_compositions_do_not_blow_up() -> None:
+@FITS
+def test_collinear_compositions_do_not_blow_up(fit: Any) -> None:
     """Na:Cl always 1:1, a third element in one structure only: the pair's energy is shared evenly."""
     counts = np.zeros((5, 119))
     counts[:, 11] = counts[:, 17] = [1, 2, 4, 8, 3]
     counts[4, 8] = 1
     energies = -17000.0 * counts[:, 11] - 2000.0 * counts[:, 8]
-    found = fit_reference(counts, energies)
+    found = fit(counts, energies)
     assert found[11] == pytest.approx(-8500.0, abs=1e-6)
     assert found[17] == pytest.approx(-8500.0, abs=1e-6)
     assert found[8] == pytest.approx(-2000.0, abs=1e-6)
 
 
-def test_every_source_has_a_row_and_a_source_without_structures_has_zeros() -> None:
-    counts = composition(np.array([1, 1, 1]), np.array([1, 2]))
-    rows = fit_references(counts, np.array([-5.0, -14.0]), np.array([0, 1]), ["a", "b", "c"])
-    assert rows.shape == (3, 119)
-    np.testing.assert_allclose(rows[:, 1], [-5.0, -7.0, 0.0], atol=1e-12)
+@pytest.mark.parametrize("chunk", [1, 3, 50, 1000])
+def test_chunks_give_what_all_at_once_gives(chunk: int) -> None:
+    """Energies of all-electron size, elements that come late, elements that always come together."""
+    rng = np.random.default_rng(2)
+    counts = random_counts(rng, 400, [1, 6, 7, 8, 17])
+    counts[300:, 26] = rng.integers(0, 5, 100)
+    counts[:, 11] = 2 * counts[:, 17]
+    energies = counts @ -np.linspace(10, 2e4, 119) + rng.normal(0, 0.5, 400)
+    fit = streamed(counts, energies, chunk)
+    np.testing.assert_allclose(fit.coefficients(), fit_reference(counts, energies), rtol=0, atol=1e-8)
+    by_numpy = np.linalg.lstsq(counts, energies, rcond=1e-10)[0]
+    np.testing.assert_allclose(fit.coefficients(), by_numpy, rtol=0, atol=1e-8)
+
+
+def test_the_spread_of_what_is_left_needs_no_second_look() -> None:
+    rng = np.random.default_rng(3)
+    counts = random_counts(rng, 300, [1, 6, 8])
+    energies = counts @ -np.linspace(10, 2e4, 119) + rng.normal(0.3, 0.5, 300)
+    fit = streamed(counts, energies)
+    residual = energies - counts @ fit.coefficients()
+    total, per_atom = fit.residual_std_ev(fit.coefficients())
+    assert total == pytest.approx(residual.std(ddof=1), rel=1e-7)
+    assert per_atom == pytest.approx((residual / counts.sum(axis=1)).std(ddof=1), rel=1e-7)
+
+
+def test_a_spread_of_one_structure_is_unknown() -> None:
+    fit = streamed(np.eye(119)[[6]], np.array([-5.0]))
+    assert fit.residual_std_ev(fit.coefficients()) == (None, None)
+
+
+def test_nothing_and_one_element_give_finite_coefficients() -> None:
+    assert not StreamedReference().coefficients().any()
+    counts = np.zeros((4, 119))
+    counts[:, 29] = [1, 2, 3, 4]
+    found = streamed(counts, -3.0 * counts[:, 29]).coefficients()
+    assert found[29] == pytest.approx(-3.0, abs=1e-12)
+    assert not np.delete(found, 29).any()
+
+
+def test_a_baseline_is_the_sum_over_atoms() -> None:
+    numbers, n_atoms = np.array([1, 1, 8, 118, 6]), np.array([3, 0, 2])
+    rows = np.random.default_rng(0).normal(size=(3, 119))
+    np.testing.assert_allclose(
+        baseline(numbers, n_atoms, rows), (composition(numbers, n_atoms) * rows).sum(axis=1), atol=1e-12
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,7 +149,8 @@ def test_predictions_are_exact_on_any_linear_data(seed: int, truth: list[float],
     elements = rng.choice(np.arange(1, 119), len(truth), replace=False).tolist()
     counts = random_counts(rng, n, elements)
     energies = counts[:, elements] @ np.array(truth)
-    np.testing.assert_allclose(counts @ fit_reference(counts, energies), energies, rtol=1e-9, atol=1e-6)
+    for fit in (fit_reference, streamed_coefficients):
+        np.testing.assert_allclose(counts @ fit(counts, energies), energies, rtol=1e-9, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,3 +186,26 @@ def test_splits_are_reproducible_and_depend_on_the_seed() -> None:
     assert (first != other).any()
     shuffled = split_by_group(groups[::-1], elements, FRACTIONS, 1)
     assert (shuffled[::-1] == first).all()
+
+
+def test_groups_that_were_dealt_stay_where_they_are() -> None:
+    """A store is added to: what is new is dealt around what is there, until the shares are met again."""
+    names = [f"g{k}" for k in range(600)]
+    sizes, masks = np.full(600, 2), np.full((600, 2), 5, dtype=np.uint64)
+    dealt = np.full(600, UNDEALT)
+    dealt[:300] = np.where(np.arange(300) < 60, VAL, TRAIN)
+    split = deal_groups(names, sizes, masks, dealt, fractions=FRACTIONS, seed=1)
+    assert (split[:300] == dealt[:300]).all()
+    assert np.bincount(split).tolist() == [480, 60, 60]
+
+
+def test_a_new_element_goes_to_training_unless_it_is_there() -> None:
+    masks = element_masks(np.array([0, 1, 2, 2]), np.array([1, 118, 1, 64]), 3)
+    assert masks.tolist() == [[1 << 1, 0], [0, 1 << 54], [1 << 1, 1]]
+    dealt = np.array([TRAIN, UNDEALT, UNDEALT])
+    fractions = {"train": 0.1, "val": 0.1, "test": 0.8}
+    assert deal_groups(["a", "b", "c"], np.ones(3), masks, dealt, fractions=fractions, seed=0).tolist() == [TRAIN] * 3
+    known = np.tile(masks[2] | masks[1], (3, 1))
+    assert (
+        deal_groups(["a", "b", "c"], np.ones(3), known, dealt, fractions=fractions, seed=0)[1:].tolist() == [TEST] * 2
+    )

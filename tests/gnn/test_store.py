@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from wattier_gnn import store as store_module
+from wattier_gnn.arrays import COLUMNS
+from wattier_gnn.columns import Appender
 from wattier_gnn.splits import TEST, TRAIN, VAL
 from wattier_gnn.store import Store, ragged, write_store
 from wattier_gnn.structure import DataError, Structure
@@ -78,7 +79,10 @@ def test_what_else_the_store_knows(folder: Path, structures: list[Structure]) ->
     store = Store(folder)
     assert len(store) == 4
     assert store.sources == ("a", "b")
-    assert store.meta["keys"] == ["k", "k", "k", "atom"]
+    assert [store.key(k) for k in range(4)] == ["k", "k", "k", "atom"]
+    assert [(store.groups.names[k], int(store.groups.source[k])) for k in store.columns["group"]] == [
+        ("g", 0), ("g", 1), ("g", 0), ("g", 0),
+    ]  # fmt: skip
     components = np.concatenate([structures[k].forces_ev_per_angstrom.ravel() for k in (0, 2)])  # type: ignore[union-attr]
     assert store.meta["energy_scale_ev"][0] == pytest.approx(np.sqrt((components**2).mean()))
     assert store.meta["mean_neighbors"] == pytest.approx(store.edge_offset[-1] / 16)
@@ -133,33 +137,61 @@ def test_ragged_rows() -> None:
     assert owner.tolist() == [0, 0, 0, 2, 2]
 
 
-@pytest.mark.parametrize("name", store_module.ARRAYS)
+@pytest.mark.parametrize("name", COLUMNS)
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
-def test_a_truncated_array_is_refused(folder: Path, name: str, keep: float) -> None:
-    path = folder / f"{name}.npy"
+def test_a_truncated_column_is_refused(folder: Path, name: str, keep: float) -> None:
+    path = folder / f"{name}.bin"
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(DataError, match=r"not a readable store .* Remove the folder"):
         Store(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
-def test_another_version_is_refused(folder: Path, version: object) -> None:
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, "format_version": version}))
-    with pytest.raises(DataError, match="must be 1"):
+def test_what_is_behind_the_rows_of_the_manifest_is_not_read(folder: Path) -> None:
+    """Somebody is adding to the store, or was killed while doing so."""
+    before = Store(folder).gather([0, 1, 2, 3])
+    for name in COLUMNS:
+        with (folder / f"{name}.bin").open("ab") as file:
+            file.write(b"\x7f" * 1000)
+    for name, values in Store(folder).gather([0, 1, 2, 3]).items():
+        np.testing.assert_array_equal(values, before[name])
+
+
+@pytest.mark.parametrize("name", ["atoms", "keys", "split", "edge_offset", "edges"])
+@pytest.mark.parametrize("change", [-1, None, "4"])
+def test_rows_that_contradict_each_other_are_refused(folder: Path, name: str, change: object) -> None:
+    """Each would let a batch read rows that are not there, which kills a process."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["rows"][name] = manifest["rows"][name] + change if isinstance(change, int) else change
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="not a readable store"):
         Store(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
-def test_a_damaged_meta_file_is_refused(folder: Path, text: str) -> None:
-    (folder / "meta.json").write_text(text)
+@pytest.mark.parametrize("version", [0, 1, 3, None, "2"])
+def test_another_version_is_refused(folder: Path, version: object) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
+    with pytest.raises(DataError, match="must be 2"):
+        Store(folder)
+
+
+def test_the_first_version_is_told_by_its_meta_file(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(DataError, match="store version is 1, but must be 2"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format_version": 2}', '{"format_version": 2, "rows": []}'])
+def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text)
     with pytest.raises(DataError, match="store"):
         Store(folder)
 
 
 def test_a_missing_folder_or_file_is_refused(folder: Path) -> None:
-    (folder / "edge_shift.npy").unlink()
-    with pytest.raises(DataError, match=r"edge_shift\.npy"):
+    (folder / "edges.bin").unlink()
+    with pytest.raises(DataError, match=r"edges\.bin"):
         Store(folder)
     shutil.rmtree(folder)
     with pytest.raises(DataError, match="not a readable store"):
@@ -170,15 +202,10 @@ def test_a_missing_folder_or_file_is_refused(folder: Path) -> None:
 def test_an_interrupted_write_leaves_nothing(
     tmp_path: Path, structures: list[Structure], monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    calls = iter(range(100))
-    save = np.save
+    def failing(self: Appender) -> None:
+        raise error
 
-    def failing(file: Any, array: Any) -> None:
-        if next(calls) == 5:
-            raise error
-        save(file, array)
-
-    monkeypatch.setattr(np, "save", failing)
+    monkeypatch.setattr(Appender, "flush", failing)
     with pytest.raises(type(error)):
         write(tmp_path / "store", structures)
     assert list(tmp_path.iterdir()) == []

@@ -173,7 +173,7 @@ def write_cleaning(run):
         "bad_shards": {"oc20": ["part-7.extxyz: ends in the middle of structure 12"]},
     }
     run.store_path.mkdir(parents=True)
-    write_json(run.store_path / "cleaning.json", report)
+    write_json(run.store_path / "manifest.json", {"cleaning": report})
 
 
 def measure_phase(run, phase, tmp_path):

@@ -326,7 +326,7 @@ class TestDamagedRun:
 
     def test_store(self, refused, damaged):
         damaged.evaluation_path.unlink()
-        halve(damaged.store_path / "positions.npy")
+        halve(damaged.store_path / "atoms.bin")
         assert "not a readable store" in refused("run", "run")
 
     def test_best_weights(self, refused, damaged):

@@ -83,7 +83,7 @@ def test_typo_is_met_with_the_right_word(refusal):
         (("search", "stages", 0, "promote"), 1, "'scout' promotes 1 trials of the stage before, but that has 0"),
         (("select",), {"accurate": 0, "balanced": 0}, "select: both tiers are empty"),
         (("data", "sources"), {"ani2x": "sample"}, "data.sources"),
-        (("data", "sources"), {}, "data.sources: is {}"),
+        (("data", "sources"), {}, "data: sources is {} and store is null"),
         (("data", "split"), {"train": 0.5}, "data.split: shares sum to 0.7"),
         (("name",), "a/b", "name: is 'a/b'"),
         (("run_dir",), "", "run_dir: is ''"),

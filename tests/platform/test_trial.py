@@ -26,6 +26,9 @@ class Quiet:
     def say(self, text: str) -> None:
         self.lines.append(text)
 
+    def progress(self, done: object) -> None:
+        pass
+
     def trial(self, result: TrialResult, done: int, total: int) -> None:
         self.lines.append(f"{result.trial_id} {result.status}")
 
@@ -57,7 +60,7 @@ def test_losses_of_trials_with_other_weights_are_comparable(make) -> None:
         steps.search(run, config, launcher, Quiet())
     for result in run.trials():
         per_source = result.val_by_source["qm7x"]
-        scale = json.loads((run.store_path / "meta.json").read_text())["energy_scale_ev"][0]
+        scale = json.loads((run.store_path / "manifest.json").read_text())["energy_scale_ev"][0]
         expected = (per_source["energy_mae_ev_per_atom"] + per_source["force_mae_ev_per_angstrom"]) / scale
         assert result.val_loss == pytest.approx(expected), "the config's weights, 1 and 1, not the trial's"
 

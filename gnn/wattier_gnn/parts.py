@@ -1,0 +1,234 @@
+"""One released file becomes parts: runs of cleaned structures with their edges, each a file written whole.
+
+A part is closed by what it holds alone, so that a conversion that was killed and begun again leaves the same parts.
+Memory is that of one part and of whatever the reader holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from wattier_gnn.arrays import ATOM, EDGE, concatenated, pack_atoms, pack_edges, pack_texts
+from wattier_gnn.cleaning import CleaningReport, ForceNorm, removal_reason
+from wattier_gnn.datasets import READERS
+from wattier_gnn.files import sha256_of, write_file, write_text
+from wattier_gnn.neighbors import Edges, find_edges
+from wattier_gnn.structure import BadRecord, DataError, ShardError, Structure
+
+PART_STRUCTURES = 10_000
+PART_BYTES = 16 << 20
+DONE = "shard.json"
+HOW_TO_SKIP = "To go on without what cannot be read, set data.on_bad: skip, or give --skip-bad."
+
+Neighbors = Literal["precomputed", "on_the_fly"]
+OnBad = Literal["refuse", "skip"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides, beside the file itself, what a file becomes.
+
+    neighbors: precomputed keeps the edges; on_the_fly keeps their number alone, and they are found again in each batch.
+    """
+
+    cutoff_angstrom: float
+    max_force_ev_per_angstrom: float
+    force_norm: ForceNorm = "per_atom"
+    neighbors: Neighbors = "precomputed"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of one source, as it lay there when the ingestion began."""
+
+    source: str
+    path: Path
+    n_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, source: str, path: Path) -> Shard:
+        """Raises DataError where there is no such file."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}), but must be a file. Check the path."
+            ) from error
+        return cls(source, path.absolute(), status.st_size, status.st_mtime_ns)
+
+    @property
+    def id(self) -> str:
+        """Names the folder of its parts; another one when the file has changed."""
+        text = f"{self.source}\0{self.path}\0{self.n_bytes}\0{self.modified_ns}"
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What became of a file; counts of its cleaning are in `report`."""
+
+    source: str
+    path: str
+    n_bytes: int
+    modified_ns: int
+    sha256: str
+    parts: int
+    report: dict[str, Any]
+
+
+class Part(NamedTuple):
+    """A finished part: `read_through` items of the reader are behind it, `report` counts those of this part."""
+
+    path: Path
+    read_through: int
+    report: CleaningReport
+
+
+def convert(shard: Shard, recipe: Recipe, on_bad: OnBad, folder: Path, told: Callable[[], None] | None = None) -> None:
+    """Turn a file into parts in ``folder/<id>``, closed by a ``shard.json``; goes on after the last part that is there.
+
+    Args:
+        shard: the file.
+        recipe: how structures are cleaned and joined.
+        on_bad: refuse stops at the first record or file that cannot be read; skip counts it and goes on.
+        folder: of all parts.
+        told: called after each part.
+
+    Raises:
+        DataError: the first thing that cannot be read, where `on_bad` is refuse.
+    """
+    place = folder / shard.id
+    if (place / DONE).exists():
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    done = finished_parts(place)
+    report = CleaningReport()
+    for part in done:
+        report.add(part.report)
+    sha256 = sha256_of(shard.path)
+    n_parts = len(done)
+    for block in _blocks(shard, recipe, on_bad, done[-1].read_through if done else 0):
+        _write_part(place / part_name(n_parts, block.read_through), block, recipe)
+        report.add(block.report)
+        n_parts += 1
+        if told is not None:
+            told()
+    record = ShardRecord(
+        shard.source, str(shard.path), shard.n_bytes, shard.modified_ns, sha256, n_parts, report.to_dict()
+    )
+    write_text(place / DONE, json.dumps(asdict(record)))
+
+
+def finished_parts(place: Path) -> list[Part]:
+    """The parts of a shard in order, as far as they are without a gap."""
+    parts = []
+    for number, path in enumerate(sorted(place.glob("*.safetensors"))):
+        if int(path.name.split("-")[0]) != number:
+            break
+        with _opened(path) as file:
+            info = json.loads(file.metadata()["info"])
+        parts.append(Part(path, info["read_through"], CleaningReport.from_dict(info["report"])))
+    return parts
+
+
+def part_name(number: int, read_through: int) -> str:
+    """Says in its name how far the reader was, so that progress can be seen without opening it."""
+    return f"{number:06d}-{read_through}.safetensors"
+
+
+def part_tensors(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Some arrays of a part; atoms and edges as records.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    records = {"atoms": ATOM, "edges": EDGE}
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in names}
+    return {name: t.view(records[name]) if name in records else t for name, t in tensors.items()}
+
+
+class _Block:
+    """Structures on their way into one part."""
+
+    def __init__(self, read_through: int) -> None:
+        self.structures: list[Structure] = []
+        self.edges: list[Edges] = []
+        self.report = CleaningReport()
+        self.read_through = read_through
+        self.n_bytes = 0
+
+    def add(self, structure: Structure, edges: Edges) -> None:
+        self.structures.append(structure)
+        self.edges.append(edges)
+        self.n_bytes += 200 + 50 * len(structure.numbers) + 14 * edges.index.shape[1]
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.structures) >= PART_STRUCTURES or self.n_bytes >= PART_BYTES
+
+
+def _blocks(shard: Shard, recipe: Recipe, on_bad: OnBad, skip: int) -> Iterator[_Block]:
+    """The structures of a file in runs; the last one may be empty but for its counts."""
+    block = _Block(skip)
+    reader = READERS[shard.source]
+    try:
+        for item in islice(reader.read(shard.path), skip, None):
+            block.read_through += 1
+            if isinstance(item, BadRecord):
+                if on_bad == "refuse":
+                    raise ShardError(item.message)
+                block.report.count_bad_record(shard.source, item.message)
+            else:
+                _sift(item, shard.source, recipe, block)
+            if block.is_full:
+                yield block
+                block = _Block(block.read_through)
+    except DataError as error:
+        if on_bad == "refuse":
+            raise DataError(f"{str(error).removesuffix('.')}. {HOW_TO_SKIP}") from error
+        block.report.count_bad_shard(shard.source, str(error))
+    yield block
+
+
+def _sift(structure: Structure, source: str, recipe: Recipe, block: _Block) -> None:
+    reason = removal_reason(structure, recipe.max_force_ev_per_angstrom, recipe.force_norm)
+    if reason is None:
+        try:
+            block.add(structure, find_edges(structure, recipe.cutoff_angstrom))
+        except DataError:
+            reason = "atoms outside their cell"
+    block.report.count(source, reason)
+
+
+def _write_part(path: Path, block: _Block, recipe: Recipe) -> None:
+    arrays = concatenated(block.structures, block.edges, [0] * len(block.structures))
+    tensors = {name: arrays[name] for name in ("cells", "pbc", "energy", "atom_offset", "edge_offset")}
+    tensors["atoms"] = pack_atoms(arrays).view(np.uint8)
+    tensors["edges"] = pack_edges(arrays).view(np.uint8)[: None if recipe.neighbors == "precomputed" else 0]
+    tensors["keys"], tensors["key_offset"] = pack_texts([s.key for s in block.structures])
+    groups = sorted({s.group for s in block.structures})
+    row = {name: k for k, name in enumerate(groups)}
+    tensors["group"] = np.array([row[s.group] for s in block.structures], dtype=np.int32)
+    tensors["group_names"], tensors["group_offset"] = pack_texts(groups)
+    info = {"read_through": block.read_through, "report": block.report.to_dict()}
+    data = save(tensors, metadata={"info": json.dumps(info)})  # `save_file` would make it unreadable to others
+    write_file(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: not a readable part ({error}). Remove its folder, it will be made again.") from error
