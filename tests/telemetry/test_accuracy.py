@@ -142,7 +142,8 @@ def test_a_gpu_that_is_lost_half_way_is_billed_in_part_and_says_so(simulated_nvm
     truth = window.true_joules(device)
     assert 0 < report.joules < 0.8 * truth
     assert report.joules_low <= truth <= report.joules_high
-    assert report.coverage_ratio == pytest.approx(0.5, abs=0.1)
+    seen = (start + 1.5 - window.edges[0]) / report.seconds
+    assert seen - 0.1 <= report.coverage_ratio <= seen + 0.001
     assert any("lost" in text.lower() for text in report.warnings)
 
 
@@ -207,7 +208,10 @@ def test_two_trials_on_one_gpu_are_told_apart_where_the_driver_can(simulated_nvm
         reports = [window.close() for window in windows]
     truths = [window.true_joules(device) for window in windows]
     for report, truth, part in zip(reports, truths, (0.75, 0.5, 0.25), strict=True):
-        assert report.joules == pytest.approx(part * truth, rel=0.02)
+        (share,) = report.shares
+        assert share.fraction == pytest.approx(part, rel=1e-9)
+        assert share.joules_low <= part * truth <= share.joules_high
+        assert share.joules_high - share.joules_low < 0.3 * part * truth, "a bound that says nothing"
     assert [report.shares[0].attribution for report in reports] == ["utilization", "equal", "equal"]
 
 
