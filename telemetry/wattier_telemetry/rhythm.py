@@ -58,6 +58,7 @@ class Rhythm:
         self._stated_seconds = refresh_seconds
         self._shortest, self._longest = 0.0, math.inf  # between them lies the time from tick to tick
         self._regular = True
+        self._neighbour: Tick | None = None  # the latest tick, if it was one of them
         self._close: deque[Tick] = deque(maxlen=_KEPT)  # the latest ticks that were seen closely
 
     @property
@@ -87,13 +88,16 @@ class Rhythm:
         return tick.gap_seconds <= _CLOSELY * self._stated_seconds
 
     def see(self, tick: Tick) -> None:
-        """Take a tick; two near ones that were seen closely tell the refresh time."""
-        if not self.is_close(tick):
+        """Take a tick; two neighbours that were seen closely tell the refresh time, farther ones more exactly."""
+        before, self._neighbour = self._neighbour, tick if self.is_close(tick) else None
+        if self._neighbour is None:
             return
-        for before in reversed(self._close):
-            count = round((tick.at - before.at) / self.refresh_seconds)
-            if count == 1 or (self.learned and 1 < count <= _LONGEST_REST):
-                self._learn(count, before, tick)
+        if before is not None:
+            self._learn(1, before, tick)
+        for other in reversed(self._close if self.learned else ()):
+            count = round((tick.at - other.at) / self.refresh_seconds)
+            if 1 < count <= _LONGEST_REST:
+                self._learn(count, other, tick)
         self._close.append(tick)
 
     def _learn(self, count: int, before: Tick, tick: Tick) -> None:
@@ -108,6 +112,7 @@ class Rhythm:
     def forget(self) -> None:
         """Begin anew: the counter did what no counter should, and its beat may be another one."""
         self._close.clear()
+        self._neighbour = None
 
     def place(self, tick: Tick) -> Placed | None:
         """Return where a tick must have been, or None where the others do not say it more closely."""

@@ -59,10 +59,12 @@ class TestPlace:
         rhythm = rhythm_of(*((at - 0.003, at + 0.003) for at in uneven))
         assert rhythm.place(Tick(0.56, 0.64)) is None
 
-    def test_a_counter_twenty_times_as_fast_as_stated_has_no_beat_of_that_length(self):
+    def test_a_counter_five_times_as_fast_as_stated_is_learned(self):
         rhythm = rhythm_of(*((k * 0.02 - 0.001, k * 0.02 + 0.001) for k in range(15)))
-        found = rhythm.place(Tick(0.3, 0.35))
-        assert found is None or holds(found.tick, 0.34)
+        assert rhythm.refresh_seconds == pytest.approx(0.02, abs=0.001)
+        assert rhythm.well_known
+        found = rhythm.place(Tick(0.305, 0.325))
+        assert found is None or holds(found.tick, 0.32)
 
     def test_too_few_too_far_or_forgotten_tell_nothing(self):
         assert rhythm_of((0.198, 0.202)).place(Tick(0.25, 0.34)) is None
