@@ -191,11 +191,9 @@ def test_windows_nest_and_run_side_by_side(simulated_nvml):
     start = simulated_nvml(device)
     source = NvmlSource()
     outer, first, second = (Window(source, start) for _ in range(3))
-    outer.open()
-    first.open()
-    time.sleep(0.7)
-    second.open()
-    time.sleep(0.7)
+    for window in (outer, first, second):
+        window.open()
+        time.sleep(0.5)
     reports = {window: window.close() for window in (first, second, outer)}
     for window, report in reports.items():
         assert report.joules_low <= window.true_joules(device) <= report.joules_high
