@@ -52,7 +52,7 @@ class DataSection(Section):
     placement: mapped reads the store as it lies; spread loads it once, a share into the memory of each rank.
     """
 
-    sources: dict[SourceName, PathText] = {}
+    sources: dict[SourceName, PathText] = Field(default_factory=dict)
     store: PathText | None = None
     cutoff_angstrom: PositiveFloat = 5.0
     max_force_ev_per_angstrom: PositiveFloat = 100.0

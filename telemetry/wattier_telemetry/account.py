@@ -3,13 +3,15 @@
 An energy counter is exact only at the moments when it is refreshed, on many GPUs every 100 ms. A window that opens and
 closes between two refreshes would be wrong by up to one refresh at full power, at both of its edges. So the account
 looks for the *ticks*, the readings at which the counter has moved, and cuts the refresh interval that holds an edge in
-proportion (``_cut``). Between the first and the last tick the counter is taken as it is.
+proportion (`Edge.cut`). Between the first and the last tick the counter is taken as it is.
 """
 
 from __future__ import annotations
 
-from wattier_telemetry.integral import Edge, PowerIntegral, credible, most_watts, trapezoid
+from wattier_telemetry.edges import Edge
+from wattier_telemetry.integral import PowerIntegral, credible, most_watts, trapezoid
 from wattier_telemetry.records import Attribution, Device, Method, Reading, Share, weakest
+from wattier_telemetry.rhythm import Rhythm, Tick
 from wattier_telemetry.throttling import ThrottleClock
 
 _STUCK_SECONDS, _STUCK_READINGS = 1.0, 5  # a counter that stands still so long under power is not believed
@@ -19,6 +21,7 @@ _SPARSE_SECONDS, _SPARSE_READINGS = 0.5, 600
 _DISTRUST_RATIO, _DOUBT_RATIO = 2.0, 1.3
 _COARSE_SECONDS = 0.01  # a counter that is refreshed more often needs no care at the edges
 _RECENT_SECONDS = 1.0
+_OPENING_TICKS, _LATER_TICKS = 12, 2  # that may tell where the first, and the last, was
 _DENSE_SECONDS = 0.065  # between two samples: the meter's own interval and its jitter
 
 
@@ -43,17 +46,17 @@ class Account:
         self._longest_gap_seconds = longest_gap_seconds
         self._methods: set[Method] = set()
         self._first_time: float | None = None
+        self._first_late_seconds = self._last_late_seconds = 0.0
         self._answered_at: float | None = None
         self._closed_at: float | None = None
         self._last: tuple[float, Reading] | None = None
         self._counter: tuple[float, float] | None = None  # time and joules of the latest reading that had a counter
         # Edges: the first and the last refresh interval of the window.
-        self._refresh_seconds = device.counter_refresh_seconds
-        self._learned = False  # whether the refresh time was measured
-        self._refresh_error_seconds = 0.0  # how wrong the measured one may be: its two ticks were seen late
-        self._close_tick: tuple[float, float] | None = None  # time of the latest tick, if seen closely, and its gap
+        self._rhythm = Rhythm(device.counter_refresh_seconds)
         self._opening: Edge | None = None
+        self._opening_ticks = 0  # those since, from which it may still be learned where the first was
         self._closing: Edge | None = None
+        self._later_ticks = 0  # after the one that closed, if that was not seen closely
         self._end_can_be_cut = False
         # Between them: what the ticks say, and the sampled power since the last of them.
         self._booked_joules = 0.0
@@ -87,29 +90,40 @@ class Account:
 
     @property
     def wants_fast_readings(self) -> bool:
-        """Whether the edge at the start still waits for its two ticks, which close readings would time better."""
+        """Whether the edge at the start still waits for some ticks, which close readings would time better."""
         waited = 0.0 if self._first_time is None or self._last is None else self._last[0] - self._first_time
-        return self._coarse_counter and not self._learned and waited < 4 * self._refresh_seconds
+        return self._coarse_counter and not self._rhythm.well_known and waited < 4 * self._rhythm.refresh_seconds
 
     @property
     def settled(self) -> bool:
         """Whether the edge at the end is known as well as it will be."""
-        return self._closing is not None or not self._end_can_be_cut
+        if self._closing is None:
+            return not self._end_can_be_cut
+        return self._rhythm.is_close(self._closing.tick) or self._later_ticks >= _LATER_TICKS
 
     @property
     def refresh_seconds(self) -> float:
         """Time between two refreshes of the counter, s: as measured, else as the source says."""
-        return self._refresh_seconds
+        return self._rhythm.refresh_seconds
 
-    def add(self, time_seconds: float, reading: Reading, fraction: float | None = None) -> None:
-        """Book the step since the last reading; ``time_seconds`` is any clock that never jumps."""
+    def add(
+        self, time_seconds: float, reading: Reading, fraction: float | None = None, *, late_seconds: float = 0.0
+    ) -> None:
+        """Book the step since the last reading.
+
+        Args:
+            time_seconds: When the reading was asked for, on any clock that never jumps.
+            reading: What the device answered.
+            fraction: Part of the device that the work owned in this step, if that is known.
+            late_seconds: How long the answer took: the figures are from any moment in between.
+        """
         self._readings += 1
         reading = credible(reading)
         self._see_power(reading)
         last, self._last = self._last, (time_seconds, reading)
-        self._answered_at = time_seconds
+        self._answered_at, self._last_late_seconds = time_seconds, late_seconds
         if last is None:
-            self._first_time = time_seconds
+            self._first_time, self._first_late_seconds = time_seconds, late_seconds
             if reading.energy_joules is not None:
                 self._counter = (time_seconds, reading.energy_joules)
             return
@@ -121,7 +135,7 @@ class Account:
             moved = None if before is None else self._moved(reading.energy_joules - before[1], time_seconds - before[0])
         self._pending_readings += 1
         if moved is not None:
-            self._count(moved, step, time_seconds)
+            self._count(moved, step, time_seconds, late_seconds)
         elif self._counter is None:
             self._integrate(step)
         else:  # the counter did not answer this time: its next answer will hold this step too
@@ -141,23 +155,29 @@ class Account:
         answered = self._last is not None and self._last[0] == time_seconds
         self._end_can_be_cut = answered and self._coarse_counter and self._opening is not None
 
-    def look_back(self, time_seconds: float, reading: Reading) -> None:
+    def look_back(self, time_seconds: float, reading: Reading, *, late_seconds: float = 0.0) -> None:
         """Use a reading from just after the window: the next tick tells where in its interval the end lay."""
         if self.settled or self._closed_at is None or self._counter is None or self._last is None:
             return
         reading = credible(reading)
         self._see_power(reading)
         step = trapezoid(self._last, (time_seconds, reading))
-        self._last = (time_seconds, reading)
+        before, self._last = self._last[1].energy_joules, (time_seconds, reading)
+        if self._closing is not None:
+            if reading.energy_joules is not None and before is not None and reading.energy_joules > before:
+                self._tick(time_seconds, step.seconds, late_seconds)
+                self._closing, self._later_ticks = self._closing.placed(self._rhythm), self._later_ticks + 1
+            return
         moved = 0.0 if reading.energy_joules is None else reading.energy_joules - self._counter[1]
         if moved < 0 or self._is_jump(moved, time_seconds - self._counter[0]):
             self._end_can_be_cut = False
         elif moved == 0:
             self._tail.add(step)
         else:
-            gap = min(step.seconds, self._refresh_seconds)
-            self._tail.add(step.part(step.seconds - gap / 2))
-            self._closing = Edge(max(0.0, time_seconds - gap / 2 - self._closed_at), moved, gap, self._tail)
+            tick = self._tick(time_seconds, step.seconds, late_seconds)
+            self._tail.add(step.part(tick.at - (time_seconds - step.seconds)))
+            edge = Edge(self._closed_at, self._last_late_seconds, tick, moved, step.seconds + late_seconds, self._tail)
+            self._closing = edge.placed(self._rhythm)
 
     def reservation_joules(self, seconds: float) -> float:
         """Return what the device may draw in the coming seconds: the larger of its present and its mean power, J."""
@@ -232,11 +252,13 @@ class Account:
         self._backward_steps += moved < 0
         return moved
 
-    def _count(self, moved: float, step: PowerIntegral, time_seconds: float) -> None:
+    def _count(self, moved: float, step: PowerIntegral, time_seconds: float, late_seconds: float) -> None:
         """Book what the counter did in a step."""
         if moved < 0:  # seen on MI100, and after a driver reset: this step cannot be told by the counter
             self._pending_readings = 0
-            gap = min(step.seconds, self._refresh_seconds) if self._coarse_counter else 0.0
+            self._rhythm.forget()
+            self._opening_ticks = _OPENING_TICKS
+            gap = min(step.seconds, self._rhythm.refresh_seconds) if self._coarse_counter else 0.0
             span = step
             if self._coarse_counter or self._is_stuck:
                 span = self._pending
@@ -253,15 +275,24 @@ class Account:
             self._pending.add(step)
             self._book_tick(moved, PowerIntegral())
             return
-        gap = min(step.seconds, self._refresh_seconds)
-        self._learn_refresh(time_seconds - gap / 2, step.seconds)
-        self._pending.add(step.part(step.seconds - gap / 2))  # the tick came somewhere in the gap: say in its middle
+        tick = self._tick(time_seconds, step.seconds, late_seconds)
+        since = min(step.seconds, max(0.0, time_seconds - tick.at))
+        self._pending.add(step.part(step.seconds - since))
         if self._opening is None:
-            edge_seconds = max(0.0, time_seconds - gap / 2 - (self._first_time or 0.0))
-            self._opening = Edge(edge_seconds, moved, gap, self._pending)
-            self._pending, self._pending_readings = step.part(gap / 2), 0
+            first, late = self._first_time or 0.0, self._first_late_seconds
+            self._opening = Edge(first, late, tick, moved, step.seconds + late_seconds, self._pending)
+            self._pending, self._pending_readings = step.part(since), 0
         else:
-            self._book_tick(moved, step.part(gap / 2))
+            self._book_tick(moved, step.part(since))
+        if self._opening_ticks < _OPENING_TICKS:
+            self._opening_ticks += 1
+            self._opening = self._opening.placed(self._rhythm)
+
+    def _tick(self, time_seconds: float, step_seconds: float, late_seconds: float) -> Tick:
+        """Note a tick that a reading has shown: it came somewhere in the gap, and of several it is the last."""
+        tick = Tick(time_seconds - min(step_seconds, self._rhythm.refresh_seconds), time_seconds + late_seconds)
+        self._rhythm.see(tick)
+        return tick
 
     def _book_tick(self, moved: float, since: PowerIntegral) -> None:
         """Book what the counter moved by; ``since`` is the power already sampled after the tick."""
@@ -310,16 +341,6 @@ class Account:
         self.covered_seconds += seconds if seconds <= self._longest_gap_seconds else 0.0
         self._methods.add(weakest((self._source_method, "integrated")) or "integrated")
 
-    def _learn_refresh(self, tick_at: float, gap_seconds: float) -> None:
-        """Take the time between the first two neighbouring ticks whose readings were close enough to see both."""
-        before, longest = self._close_tick, self.device.counter_refresh_seconds
-        self._close_tick = (tick_at, gap_seconds) if gap_seconds <= longest / 4 else None
-        if self._learned or before is None or self._close_tick is None:
-            return
-        self._learned = True
-        self._refresh_seconds = min(tick_at - before[0], 2 * longest)
-        self._refresh_error_seconds = (gap_seconds + before[1]) / 2
-
     def _weigh(self, step: PowerIntegral, moved: float | None, fraction: float | None) -> None:
         """Remember whose energy it was: the mean fraction is weighted by energy, or by time where there is none.
 
@@ -349,7 +370,7 @@ class Account:
 
     @property
     def _stuck_after_seconds(self) -> float:
-        return max(_STUCK_SECONDS, 10 * self._refresh_seconds)
+        return max(_STUCK_SECONDS, 10 * self._rhythm.refresh_seconds)
 
     @property
     def _is_stuck(self) -> bool:
@@ -379,7 +400,7 @@ class Account:
 
     def _swing_watts(self) -> float:
         """Return how far apart power may have been within a refresh interval."""
-        if self.device.power_average_seconds > self._refresh_seconds or self._highest_watts == 0.0:
+        if self.device.power_average_seconds > self._rhythm.refresh_seconds or self._highest_watts == 0.0:
             return self._possible_watts()  # an average hides the swing
         return self._highest_watts - self._lowest_watts
 
@@ -403,7 +424,7 @@ class Account:
             joules += self._pending.joules
             slack += self._slack_joules(self._pending)
             if self._coarse_counter:  # the last tick came before the reading that showed it
-                slack += self._refresh_seconds * max(self._highest_watts, self.power_watts or 0.0)
+                slack += self._rhythm.refresh_seconds * max(self._highest_watts, self.power_watts or 0.0)
         low, high = max(0.0, joules - slack), joules + slack + self._unseen_seconds * self._possible_watts()
         if self._is_distrusted:
             self._methods.add("integrated")
@@ -412,25 +433,12 @@ class Account:
         return joules, low, high
 
     def _cut(self, edge: Edge) -> tuple[float, float]:
-        """Return the energy between an edge and the tick after it, and how wrong that may be, J.
-
-        Two estimates: the tick's joules in proportion to time, and the sampled power. The first needs no honest
-        power field, so it is billed; where power swings, the second bounds how wrong it is.
-        """
-        refresh, seconds = self._refresh_seconds, edge.seconds
-        doubt = edge.gap_seconds / 2 + self._refresh_error_seconds  # one that looks longer than a refresh by so little
-        even = edge.gap_seconds < refresh and seconds <= refresh + doubt  # is one: no tick was missed
-        whole = refresh if even else max(refresh, seconds + refresh / 2)  # time in which the tick's joules were spent
-        estimate = edge.tick_joules * min(1.0, seconds / whole)
-        rate = edge.tick_joules / whole
-        swing = max(self._swing_watts(), 0.0)
-        error = seconds * max(0.0, whole - seconds) / whole * swing
-        error += doubt * max(rate, self._highest_watts)
-        if not even:
-            error += refresh / 2 * max(rate, self._highest_watts)
-        if edge.power.known and self.device.power_average_seconds <= refresh:
-            error += abs(edge.power.joules - estimate)
-        return estimate, error
+        return edge.cut(
+            self._rhythm,
+            swing_watts=self._swing_watts(),
+            highest_watts=self._highest_watts,
+            averaged_seconds=self.device.power_average_seconds,
+        )
 
     def _slack_joules(self, integral: PowerIntegral) -> float:
         """Return how wrong a sum of samples may be: half the swing wherever nobody looked for long."""

@@ -43,16 +43,6 @@ class PowerIntegral:
         )
 
 
-@dataclass(slots=True)
-class Edge:
-    """A refresh interval that holds an edge of the window, between the edge and the tick after it."""
-
-    seconds: float  # from the edge to the tick
-    tick_joules: float  # by which the counter moved
-    gap_seconds: float  # in which the tick happened, unseen
-    power: PowerIntegral
-
-
 def trapezoid(before: tuple[float, Reading], now: tuple[float, Reading]) -> PowerIntegral:
     """Return the energy between two power samples, J."""
     seconds, first, last = now[0] - before[0], before[1].power_watts, now[1].power_watts

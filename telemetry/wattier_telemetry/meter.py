@@ -209,7 +209,8 @@ class EnergyMeter:
         for account in self._accounts:
             try:
                 reading = self._source.read_energy(account.device)
-                account.add(now, reading, self._owners.fraction_of(account.device))
+                late = self._monotonic() - now
+                account.add(now, reading, self._owners.fraction_of(account.device), late_seconds=late)
             except Exception as error:  # noqa: BLE001  (whatever a source raises, the other devices must be billed)
                 account.fail(error)
         self._gaps.append(now - self._sampled_at)
@@ -232,11 +233,12 @@ class EnergyMeter:
                 break
             time.sleep(_EDGE_SECONDS)
             for account in waiting:
+                asked_at = self._monotonic()
                 try:
                     reading = self._source.read_energy(account.device)
                 except Exception:  # noqa: BLE001  (the window is over: its end stays an estimate)
                     continue
-                account.look_back(self._monotonic(), reading)
+                account.look_back(asked_at, reading, late_seconds=self._monotonic() - asked_at)
             waiting = [account for account in waiting if not account.settled]
 
     def _wait_for_the_device(self) -> None:

@@ -134,10 +134,12 @@ class LauncherContract:
         by_params = {key(row.params): row for row in outcome.rows}
         good = by_params.pop(key(GOOD))
         assert (good.status, good.epochs_done) == ("complete", 9)
+        for row in outcome.rows:  # each for its time, whatever time a busy machine lets it take
+            assert row.energy_joules == pytest.approx(WATTS / os.cpu_count() * row.energy.seconds, rel=0.001)
         for row in by_params.values():
             assert row.status == "pruned"
             assert row.epochs_done < 9
-            assert 0 < row.energy_joules < good.energy_joules
+            assert row.energy_joules > 0
         assert set(outcome.told().values()) == {TrialState.COMPLETE, TrialState.PRUNED}
         assert [r.trial_id for r in promoted_trials(outcome.rows, "only", 4)] == [good.trial_id]
         selection = select_trials(outcome.rows, config.select, stage="only", project=lambda _: None)
@@ -290,7 +292,7 @@ class TestRayLauncher(LauncherContract):
         session["launcher"].close()
 
         assert not wattier_folders()
-        _, alive = psutil.wait_procs(processes, timeout=15)
+        _, alive = psutil.wait_procs(processes, timeout=60)
         assert not alive
         written = [str(p.relative_to(session["home"])) for p in session["home"].rglob("*") if p.is_file()]
         assert not written

@@ -267,7 +267,7 @@ def test_an_exporter_that_two_lists_name_is_one_target(tmp_path):
 
 def active_targets(port, wanted=2):
     """Instance and node of each target that Prometheus scrapes, once it has seen as many as wanted."""
-    found, deadline = [], time.monotonic() + 30
+    found, deadline = [], time.monotonic() + 90
     while len(found) < wanted and time.monotonic() < deadline:
         time.sleep(0.2)
         try:

@@ -462,10 +462,10 @@ def test_gpu_without_either_cannot_say(play):
 
 
 def test_lost_die_is_unavailable_for_it_alone(play):
-    source = play(mi300x(lost=0.3), mi300x())
+    source = play(mi300x(lost=2.0), mi300x())
     lost, other = source.devices()
     source.read(lost)
-    time.sleep(max(0.0, play.start + 0.31 - time.monotonic()))
+    time.sleep(max(0.0, play.start + 2.01 - time.monotonic()))
     for read in (source.read, source.read_energy):
         with pytest.raises(SourceUnavailable, match=f"^AMD Instinct MI300X {lost.uuid} does not answer$"):
             read(lost)
@@ -474,9 +474,9 @@ def test_lost_die_is_unavailable_for_it_alone(play):
 
 def test_die_whose_package_lost_its_meter_does_not_know_its_energy(play):
     start = time.monotonic()
-    source = play(die(lost=0.3), die(silent=1), start=start)
+    source = play(die(lost=2.0), die(silent=1), start=start)
     lost, other = source.devices()
-    time.sleep(max(0.0, start + 0.31 - time.monotonic()))
+    time.sleep(max(0.0, start + 2.01 - time.monotonic()))
     reading = source.read(other)
     assert (reading.energy_joules, reading.power_watts) == (None, None)
     assert reading.utilization_ratio == 0.75

@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from itertools import pairwise
 
 import pytest
 
@@ -98,11 +97,14 @@ def _run_plan(stack, folder):
     for trial, process in running.items():
         if PLAN[trial][4] == "kill":
             time.sleep(max(0.0, truth[trial]["begin"] + PLAN[trial][3] - time.time()))
+            alive = time.time()
             process.send_signal(signal.SIGKILL)
-            truth[trial] |= {"end": time.time(), "joules": None}
+            process.wait()
+            truth[trial] |= {"alive": alive, "end": time.time(), "joules": None}
     for trial, process in running.items():
         if PLAN[trial][4] == "exit":
             truth[trial] |= json.loads(process.stdout.readline())
+            truth[trial]["alive"] = truth[trial]["end"]
     time.sleep(max(0.0, origin + MINUTE_SECONDS - time.monotonic()))
     return truth
 
@@ -140,7 +142,7 @@ def minute(tmp_path_factory):
 
 
 def _wait_for_scrapes(prom, folder):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if prom.ask("query", query="count_over_time(up[2s]) >= 3"):
@@ -153,32 +155,41 @@ def _named(found, trial):
     return [values for labels, values in found.items() if dict(labels).get("trial") == trial]
 
 
+def _answered(prom, begin, end):
+    """Return {time: seconds it took} of each scrape that was answered within its 200 ms.
+
+    Under load Prometheus may scrape late, or be answered late: that is the machine's. What an answer lacks is ours.
+    """
+    (up,) = prom.raw("up", begin, end).values()
+    (seconds,) = prom.raw("scrape_duration_seconds", begin, end).values()
+    took = dict(seconds)
+    answered = {at: took[at] for at, value in up if value == 1.0}
+    assert len(answered) > MINUTE_SECONDS, "too few scrapes to tell anything"
+    return answered
+
+
 def test_no_gap(minute):
+    """Every answer holds every device."""
     prom, begin, end, _, _ = minute
-    up = prom.raw("up", begin, end)
-    assert {value for values in up.values() for _, value in values} == {1.0}
-    for metric in (
-        "up",
-        "wattier_power_watts",
-        "wattier_energy_joules_total",
-        "wattier_device_up",
-        "rocm_energy_joules",
-    ):
+    answered = _answered(prom, begin, end)
+    for metric in ("wattier_power_watts", "wattier_energy_joules_total", "wattier_device_up", "rocm_energy_joules"):
         found = prom.raw(metric, begin, end)
-        assert len(found) == (1 if metric == "up" else 2)
+        assert len(found) == 2
         for labels, values in found.items():
-            times = [begin, *(at for at, _ in values), end]
-            assert max(later - earlier for earlier, later in pairwise(times)) < LONGEST_GAP_SECONDS, (metric, labels)
+            assert [at for at, _ in values] == sorted(answered), (metric, labels)
 
 
 def test_series_of_a_trial_have_no_gap_while_it_runs(minute):
+    """Every answer that was made while it ran holds it."""
     prom, begin, end, truth, _ = minute
+    answered = _answered(prom, begin, end)
     for metric in ("wattier_trial_info", "wattier_trial_energy_joules_total"):
         found = prom.raw(metric, begin, end)
         for trial, known in truth.items():
             (values,) = _named(found, trial)
-            times = [known["begin"], *(at for at, _ in values), known["end"]]
-            assert max(later - earlier for earlier, later in pairwise(times)) < LONGEST_GAP_SECONDS, (metric, trial)
+            while_it_ran = {at for at, took in answered.items() if known["begin"] < at and at + took < known["alive"]}
+            assert len(while_it_ran) > 20
+            assert while_it_ran <= {at for at, _ in values}, (metric, trial)
 
 
 def test_promtool_finds_nothing(minute):
@@ -205,21 +216,28 @@ def test_the_join_returns_exactly_the_trials_that_ran(minute):
 def test_energy_of_a_trial(minute, trial):
     prom, begin, end, truth, _ = minute
     (values,) = _named(prom.raw("wattier_trial_energy_joules_total", begin, end), trial)
-    joules = max(value for _, value in values) - min(value for _, value in values)
     known, (uuid, fraction, *_) = truth[trial], PLAN[trial]
-    assert joules == pytest.approx(WATTS[uuid] * fraction * (known["end"] - known["begin"]), rel=0.01)
-    if known["joules"] is not None:
+    at, joules = values[-1]  # of its end, or of a moment before, if that answer came too late for Prometheus
+    took = _answered(prom, begin, end)[at]
+    least, most = (moment - known["begin"] for moment in (min(at, known["alive"]), min(at + took, known["end"])))
+    assert joules == max(value for _, value in values)
+    assert 0.99 * least <= joules / (WATTS[uuid] * fraction) <= 1.01 * most
+    if known["joules"] is not None and at >= known["alive"]:
         assert joules == pytest.approx(known["joules"], rel=0.01)
 
 
 def test_shares_and_rest_are_the_devices_energy(minute):
-    prom, begin, end, _, _ = minute
+    prom, begin, end, truth, _ = minute
     names = ("wattier_accounted_energy_joules_total", "wattier_unattributed_energy_joules_total")
     total, rest = (dict(prom.raw(f'{name}{{uuid="shared"}}', begin, end).popitem()[1]) for name in names)
     trials = prom.raw('wattier_trial_energy_joules_total{uuid="shared"}', begin, end)
-    last = sum(values[-1][1] for values in trials.values())
+    ends = [truth[dict(labels)["trial"]]["alive"] for labels in trials]
+    compared = [at for at in total if at < min(ends)]
+    for at in compared:  # a series that is not there yet is of a trial that owes nothing yet
+        owed = sum(dict(values).get(at, 0.0) for values in trials.values())
+        assert owed + rest[at] == pytest.approx(total[at], abs=1e-3)
+    assert len(compared) > 20
     at = max(total)
-    assert last + rest[at] == pytest.approx(total[at], abs=1e-3)
     assert total[at] - min(total.values()) == pytest.approx(WATTS["shared"] * (at - min(total)), rel=0.01)
 
 

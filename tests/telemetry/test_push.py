@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,7 @@ def get(url):
         return answer.read().decode()
 
 
-def until(condition, seconds=30.0):
+def until(condition, seconds=90.0):
     """Wait for something and say whether it came."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -159,14 +160,24 @@ def lost(sink):
     return sum(p.value for p in sink.points() if p.name == "wattier_samples_lost_total")
 
 
-def drained(sink, seconds=60.0):
+def drained(sink, seconds=90.0):
     return until(lambda: figure(sink, "wattier_spool_batches") == 0, seconds)
 
 
 def arrived(server, truth):
     """Hold the server to the truth; VictoriaMetrics shows what it has after a second or so."""
-    until(lambda: len(server.samples("m")) == len(truth), 10)
+    until(lambda: len(server.samples("m")) == len(truth), 60)
     assert server.samples("m") == truth
+
+
+def settled(look):
+    """Return what is seen when it was the same for 1.5 s: VictoriaMetrics shows what it has after a second or so."""
+    found, since = look(), time.monotonic()
+    while time.monotonic() - since < 1.5:
+        time.sleep(0.1)
+        if (again := look()) != found:
+            found, since = again, time.monotonic()
+    return found
 
 
 class Lines(logging.Handler):
@@ -197,7 +208,7 @@ class Outage(threading.Thread):
             self.waiting = figure(self.sink, "wattier_spool_batches")
             self.server.start()
             self.feed.for_seconds(2)
-            until(lambda: figure(self.sink, "wattier_push_batches_total") > 0, 40)
+            until(lambda: figure(self.sink, "wattier_push_batches_total") > 0)
             self.sink.close()
         except BaseException as problem:
             self.problem = problem
@@ -351,14 +362,14 @@ class TestArrival:
         one = sink(server.start().url, format=server.format)
         one.add(time.time(), [Point("m", (), math.nan), Point("n", (), math.inf), Point("o", (), 1.0)])
         assert until(lambda: server.samples("o"))
-        assert figure(one, "wattier_samples_pushed_total") == 3
+        assert until(lambda: figure(one, "wattier_samples_pushed_total") == 3)  # once the answer has come back
 
     @pytest.mark.parametrize("after_work", [False, True], ids=["half a request", "answer lost"])
     def test_server_killed_in_the_middle_of_a_push(self, server, sink, caplog, after_work):
         cut = Cut(server.start(), after_work=after_work)
         one = sink(cut.url, format=server.format)
         feed = Feed(one).for_seconds(0.6)
-        assert cut.cut.wait(10)
+        assert cut.cut.wait(90)
         feed.for_seconds(0.5)
         server.start()
         feed.for_seconds(1)
@@ -407,8 +418,8 @@ def test_sigkill_costs_at_most_one_flush_interval_and_is_counted(server, sink, t
         server.start()
     command = [sys.executable, "-c", PUSHER, server.url, server.format, str(tmp_path / "spool")]
     pusher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    lines = [pusher.stdout.readline()]  # from here on it runs
-    time.sleep(2.3)
+    lines = [pusher.stdout.readline() for _ in range(42)]  # of 0.05 s each, and more on a busy machine
+    time.sleep(0.02)
     pusher.send_signal(signal.SIGKILL)
     rest, _ = pusher.communicate()
     lines += rest.splitlines()
@@ -420,9 +431,9 @@ def test_sigkill_costs_at_most_one_flush_interval_and_is_counted(server, sink, t
     again.close()
     assert len(truth) > 20
     counted = figure(again, "wattier_samples_lost_total", reason="killed")
-    assert until(lambda: len(server.samples("m")) >= len(truth) - counted, 10)
-    time.sleep(1.5)  # VictoriaMetrics shows what it has after a second or so
-    got = server.samples("m")
+    pushed = figure(again, "wattier_samples_pushed_total")
+    assert until(lambda: len(server.samples("m")) >= max(pushed, len(truth) - counted))
+    got = settled(lambda: server.samples("m"))
     missing = sorted(truth.keys() - got.keys())
     assert got == {time_ms: value for time_ms, value in truth.items() if time_ms in got}
     assert missing == sorted(truth)[len(got) :]  # the newest, no gap before them
@@ -536,15 +547,20 @@ class TestClock:
         assert kept == [(1_000_000, 0.0), (1_000_001, 1.0), (1_000_002, 2.0)]
 
 
+def run_queue_seconds():
+    """How long this thread was ready to run in its life and the machine did not let it, s."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+
 def test_add_never_waits_for_a_server_that_hangs(sink, caplog):
     with socket.create_server(("127.0.0.1", 0)) as hung:  # accepts, and never says a word
         one = sink(f"http://127.0.0.1:{hung.getsockname()[1]}", flush_seconds=1)
         points = [Point("m", (("uuid", str(n)),), float(n)) for n in range(200)]
         seconds = []
         for _ in range(1200):
-            start = time.perf_counter()
+            start, held_up = time.perf_counter(), run_queue_seconds()
             one.add(time.time(), points)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start - (run_queue_seconds() - held_up))
             time.sleep(0.01)
         assert sorted(seconds)[len(seconds) // 2] < 200 * 1e-6  # a microsecond a point
         assert max(seconds) < 0.5
@@ -573,8 +589,15 @@ def figures():
 def fill(first, count):
     for value in range(first, first + count):
         sink.add(1000 + value / 100, [Point("m", (), float(value))])
+def wait(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+def at_risk():
+    return json.loads((disk / "spool/state.json").read_text())["at_risk"]
 fill(0, 100)
-time.sleep(0.5)
+wait(lambda: not sink._held)
 try:
     with (disk / "ballast").open("wb", buffering=0) as ballast:
         while True:
@@ -582,20 +605,20 @@ try:
 except OSError as error:
     print(error, file=sys.stderr)
 fill(100, 300)
-time.sleep(0.5)
+wait(lambda: sink._disk_ails and at_risk() >= 300)
 before = figures()
 fill(400, 1000)
-time.sleep(0.5)
-after, state = figures(), json.loads((disk / "spool/state.json").read_text())
+wait(lambda: at_risk() >= 500)
+after, risk = figures(), at_risk()
 (disk / "ballast").unlink()
-time.sleep(0.5)
+wait(lambda: not sink._disk_ails)
 sink.close()
 spool, kept = Spool(disk / "spool"), []
 while segment := spool.oldest():
     kept += [value for series in spool.read(segment) for value in series.values]
     spool.done(segment)
 lost = "wattier_samples_lost_totaldisk_full"
-print(json.dumps({"kept": kept, "before": before[lost], "after": after[lost], "at_risk": state["at_risk"]}))
+print(json.dumps({"kept": kept, "before": before[lost], "after": after[lost], "at_risk": risk}))
 """
 
 
@@ -619,7 +642,7 @@ class TestFullDisk:
         (tmp_path / "disk").mkdir()
         url = f"http://127.0.0.1:{free_port()}"
         command = [*private_mounts(), sys.executable, "-c", FULL_DISK, str(tmp_path / "disk"), url]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert run.returncode == 0, run.stderr
         assert os.strerror(errno.ENOSPC) in run.stderr  # the disk truly was full
         told = json.loads(run.stdout)
