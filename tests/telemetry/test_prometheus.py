@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from itertools import pairwise
 
 import pytest
 
@@ -40,12 +41,46 @@ with EnergyMeter(source, journal=Path(folder) / f"{trial}.energy.json", fraction
     registration.withdraw(Path(folder) / "trials")
 print(json.dumps({"end": end, "joules": meter.report.joules}), flush=True)
 """
+WITNESS = """
+import json, select, sys, time
+last, stalls = time.time(), []
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    now = time.time()
+    if now - last > 0.05:
+        stalls.append((last, now))
+    last = now
+print(json.dumps(stalls))
+"""
+BACKLOG_SECONDS = 0.3
 CONFIG = """
 global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
 scrape_configs:
   - job_name: wattier
     file_sd_configs: [{{files: ["{folder}/sd.json"], refresh_interval: 1s}}]
 """
+
+
+class StallWitness:
+    """Notes when the machine let a process that only sleeps wait: no scrape can be asked of anybody then."""
+
+    def __init__(self):
+        self._process = subprocess.Popen([sys.executable, "-c", WITNESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._stalls = None
+
+    @property
+    def stalls(self):
+        """[(begin, end)], of the time until this is asked for first."""
+        if self._stalls is None:
+            self._stalls = json.loads(self._process.communicate()[0])
+        return self._stalls
+
+    def excuses(self, begin, end):
+        """Whether the machine stalled in this span, or so shortly before that the backlog reaches into it."""
+        return any(first < end and begin < last + BACKLOG_SECONDS for first, last in self.stalls)
+
+    def close(self):
+        self._process.kill()
+        self._process.communicate()
 
 
 class Server:
@@ -134,11 +169,12 @@ def minute(tmp_path_factory):
         stack.callback(server.terminate)
         prom = Server(port)
         _wait_for_scrapes(prom, folder)
-        begin = time.time()
+        begin, witness = time.time(), StallWitness()
+        stack.callback(witness.close)
         truth = _run_plan(stack, folder)
         with urllib.request.urlopen(exporter.url, timeout=10) as answer:
             text = answer.read()
-        yield prom, begin, time.time(), truth, text
+        yield prom, begin, time.time(), truth, text, witness
 
 
 def _wait_for_scrapes(prom, folder):
@@ -169,9 +205,15 @@ def _answered(prom, begin, end):
 
 
 def test_no_gap(minute):
-    """Every answer holds every device."""
-    prom, begin, end, _, _ = minute
+    """Prometheus misses nothing but what the machine held up, and every answer holds every device."""
+    prom, begin, end, _, _, witness = minute
     answered = _answered(prom, begin, end)
+    (up,) = prom.raw("up", begin, end).values()
+    missed = [at for at, value in up if value != 1.0]
+    assert [at for at in missed if not witness.excuses(at, at + 0.2)] == []
+    times = [begin, *sorted(answered), end]
+    long = [(a, b) for a, b in pairwise(times) if b - a > LONGEST_GAP_SECONDS and not witness.excuses(a, b)]
+    assert long == []
     for metric in ("wattier_power_watts", "wattier_energy_joules_total", "wattier_device_up", "rocm_energy_joules"):
         found = prom.raw(metric, begin, end)
         assert len(found) == 2
@@ -181,7 +223,7 @@ def test_no_gap(minute):
 
 def test_series_of_a_trial_have_no_gap_while_it_runs(minute):
     """Every answer that was made while it ran holds it."""
-    prom, begin, end, truth, _ = minute
+    prom, begin, end, truth, _, _ = minute
     answered = _answered(prom, begin, end)
     for metric in ("wattier_trial_info", "wattier_trial_energy_joules_total"):
         found = prom.raw(metric, begin, end)
@@ -193,12 +235,12 @@ def test_series_of_a_trial_have_no_gap_while_it_runs(minute):
 
 
 def test_promtool_finds_nothing(minute):
-    answer = subprocess.run([_tool("promtool"), "check", "metrics"], input=minute[-1], capture_output=True, check=False)
+    answer = subprocess.run([_tool("promtool"), "check", "metrics"], input=minute[4], capture_output=True, check=False)
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, b"", b"")
 
 
 def test_the_join_returns_exactly_the_trials_that_ran(minute):
-    prom, begin, end, truth, _ = minute
+    prom, begin, end, truth, _, _ = minute
     join = "wattier_power_watts * on (uuid) group_right () wattier_trial_info"
     found = prom.ask("query_range", query=join, start=begin, end=end, step=0.5)
     assert {series["metric"]["trial"]: series["metric"]["uuid"] for series in found} == {
@@ -214,7 +256,7 @@ def test_the_join_returns_exactly_the_trials_that_ran(minute):
 
 @pytest.mark.parametrize("trial", PLAN)
 def test_energy_of_a_trial(minute, trial):
-    prom, begin, end, truth, _ = minute
+    prom, begin, end, truth, _, _ = minute
     (values,) = _named(prom.raw("wattier_trial_energy_joules_total", begin, end), trial)
     known, (uuid, fraction, *_) = truth[trial], PLAN[trial]
     at, joules = values[-1]  # of its end, or of a moment before, if that answer came too late for Prometheus
@@ -227,7 +269,7 @@ def test_energy_of_a_trial(minute, trial):
 
 
 def test_shares_and_rest_are_the_devices_energy(minute):
-    prom, begin, end, truth, _ = minute
+    prom, begin, end, truth, _, _ = minute
     names = ("wattier_accounted_energy_joules_total", "wattier_unattributed_energy_joules_total")
     total, rest = (dict(prom.raw(f'{name}{{uuid="shared"}}', begin, end).popitem()[1]) for name in names)
     trials = prom.raw('wattier_trial_energy_joules_total{uuid="shared"}', begin, end)
@@ -243,7 +285,7 @@ def test_shares_and_rest_are_the_devices_energy(minute):
 
 @pytest.mark.parametrize("trial", PLAN)
 def test_nothing_is_stale_after_the_end(minute, trial):
-    prom, _, _, truth, _ = minute
+    prom, _, _, truth, _, _ = minute
     at = truth[trial]["end"] + 2 * LONGEST_GAP_SECONDS
     for query in ("wattier_trial_info", "wattier_trial_energy_joules_total", "wattier_trial_device_share_ratio"):
         assert prom.ask("query", query=f'{query}{{trial="{trial}"}}', time=truth[trial]["end"] - 1), query

@@ -426,6 +426,19 @@ class TestSchedule:
         assert times == pytest.approx([n * period for n in range(501)], abs=0.0003 + 1e-9)
         assert (state.samples, state.missed) == (501, 0)
 
+    def test_the_real_thread_keeps_that_schedule(self, sampling):
+        """A stall of the machine puts its latest sample off for a moment; a schedule that drifts never comes back."""
+        source = ScriptedSource(g=1.0)
+        sampler = sampling(source, period_seconds=0.01)
+        time.sleep(1.5)
+
+        def is_on_time():
+            with sampler.locked:
+                (lane,), times = sampler.look()[0].lanes, list(source.read_times)
+            return abs((times[-1] - times[0]) / 0.01 - (lane.samples + lane.missed - 1)) < 1.5
+
+        until(is_on_time)
+
     @pytest.mark.parametrize("held", [0.3, 0.45, 0.55, 1.2, 19.4, 19.6])
     def test_missed_ticks_are_counted_and_not_made_up(self, play, held):
         """A driver that hangs for so many periods beyond its own: those are gone, and no two samples are bunched."""
