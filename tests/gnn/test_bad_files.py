@@ -354,6 +354,19 @@ def test_mptrj_that_is_no_json(damage: Callable[[str], str], said: str, tmp_path
     assert said in fails("mptrj", path)
 
 
+def test_names_that_steer_a_terminal_or_cannot_be_written(tmp_path: Path) -> None:
+    path = write_good(tmp_path, "mptrj")
+    materials = json.loads(path.read_text(encoding="utf-8"))
+    half, red = "mp-\ud800", "mp-\x1b[31m"
+    materials[half], materials[red] = materials.pop("mp-2"), materials.pop("mp-3")
+    del materials[red]["mp-3-0-0"]["force"]
+    path.write_text(json.dumps(materials), encoding="utf-8")
+    keys, messages = survey("mptrj", path)
+    assert len(keys) == 6
+    assert "mp-\\ud800/mp-2-0-0: is no text" in messages[0]
+    assert "mp-\\x1b[31m/mp-3-0-0: lacks" in messages[1]
+
+
 def test_mptrj_with_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = write_good(tmp_path, "mptrj")
     path.write_bytes(path.read_bytes().replace(b"mp-2", b"mp-\xff"))

@@ -117,12 +117,16 @@ def shard_error(path: Path, inside: str, what_is: str, what_must_be: str) -> Sha
     )
 
 
-def or_bad(make: Callable[[], Structure]) -> Structure | BadRecord:
-    """What `make` returns, or its complaint about the record it was to be made of."""
+def or_bad(path: Path, make: Callable[[], Structure]) -> Structure | BadRecord:
+    """What `make` returns, or its complaint about the record of `path` it was to be made of."""
     try:
-        return make()
+        structure = make()
+        f"{structure.group}{structure.key}".encode()  # JSON may hold half of a surrogate pair
+    except UnicodeEncodeError:
+        return BadRecord(str(shard_error(path, f"{structure.group}/{structure.key}", "is no text", "named in Unicode")))
     except DataError as error:
         return BadRecord(str(error))
+    return structure
 
 
 def checked_array(path: Path, inside: str, value: Any, shape: Shape, dtype: type[np.generic]) -> NDArray[Any]:
