@@ -70,7 +70,9 @@ def frame_structure(path: Path, index: int, text: bytes, identity: Identity) -> 
     """
     atoms = _parse(path, index, text)
     energy_ev, forces = _labels(path, index, atoms)
-    named = atoms.info.get("group", atoms.symbols.get_chemical_formula())
+    group = identity.group
+    if group is None:
+        group = str(atoms.info.get("group") or atoms.symbols.get_chemical_formula())
     return Structure(
         numbers=atoms.numbers.astype(np.int64),
         positions_angstrom=atoms.positions.astype(np.float64),
@@ -79,7 +81,7 @@ def frame_structure(path: Path, index: int, text: bytes, identity: Identity) -> 
         energy_ev=energy_ev,
         forces_ev_per_angstrom=forces,
         source=identity.source,
-        group=str(named) if identity.group is None else identity.group,
+        group=group,
         key=identity.key,
     )
 
