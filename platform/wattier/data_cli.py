@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+EXIT_INTERRUPTED = 130
+
 data_app = typer.Typer(
     no_args_is_help=True,
     help="Datasets: download a release, turn it into a store, look at it, share it. `wattier run` does what it needs "
@@ -51,7 +53,7 @@ def fetch(
                 typer.echo(f"  as a source in a config: data.sources.{name}: {source}")
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on from here.", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @data_app.command()
