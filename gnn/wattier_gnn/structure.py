@@ -13,7 +13,9 @@ class DataError(Exception):
     """A problem of the user's data, told in one line: where, what it is, what it must be, what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        words = " ".join(message.split())
+        # Names from a file may hold what steers a terminal, or what no file can be written with.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words))
 
 
 class ShardError(DataError):

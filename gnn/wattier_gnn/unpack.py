@@ -49,7 +49,7 @@ def unpack(packed: Path, target: Path) -> Path:
             f"{packed}: cannot be unpacked ({error}), but must be a whole archive. Remove it and fetch it again"
         ) from error
     else:
-        temporary.rename(target)
+        _the_file_itself(temporary, target.name).rename(target)
     finally:
         _remove(temporary)
     return target
@@ -70,6 +70,12 @@ def _unpack_tar(packed: Path, stream: BinaryIO, folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def _the_file_itself(unpacked: Path, name: str) -> Path:
+    """Some publishers put a single file into an archive: it is then what is wanted, not a folder around it."""
+    files = [path for path in unpacked.rglob("*") if path.is_file()]
+    return files[0] if len(files) == 1 and files[0].name == name else unpacked
 
 
 def _opened(packed: Path) -> BinaryIO:

@@ -2,109 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import lzma
 import random
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
 import pytest
+from download_site import CONTENT, Site
 
 from wattier_gnn import fetch as fetching
-from wattier_gnn.datasets import READERS
-from wattier_gnn.datasets.releases import RELEASES, ReleaseFile
-from wattier_gnn.fetch import choose_files, fetch, from_elsewhere, readable_folders
+from wattier_gnn.datasets.releases import ReleaseFile
+from wattier_gnn.fetch import fetch
 from wattier_gnn.structure import DataError
-
-CONTENT = random.Random(0).randbytes(300_000)
-
-
-class Site(ThreadingHTTPServer):
-    """One file under every path.
-
-    Attributes:
-        content: the file.
-        etag: its version; None for a server that names none.
-        ranges: whether the server can resume.
-        script: what happens to the next requests: a status, a number of bytes (negative) after which the connection
-            is dropped, or a function called first.
-        stall_after: bytes after which nothing more comes, while this is set.
-        asked: (path, Range, If-Range) of each request.
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.etag, self.ranges = CONTENT, '"one"', True
-        self.stall_after: int | None = None
-        self.script: list[int | Callable[[], None]] = []
-        self.asked: list[tuple[str, str | None, str | None]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Dropped connections are the point."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Site
-
-    def do_GET(self) -> None:
-        site = self.server
-        asked, condition = self.headers.get("Range"), self.headers.get("If-Range")
-        site.asked.append((self.path, asked, condition))
-        action = site.script.pop(0) if site.script else 0
-        if callable(action):
-            action()
-            action = 0
-        if action > 0:
-            self.send_error(action)
-            return
-        start, content = 0, site.content
-        if asked and site.ranges and condition == site.etag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - start))
-        if site.etag:
-            self.send_header("ETag", site.etag)
-        self.end_headers()
-        body = content[start:]
-        if site.stall_after is not None:
-            self.wfile.write(body[: site.stall_after])
-            while site.stall_after is not None:
-                time.sleep(0.01)
-            self.close_connection = True
-            return
-        self.wfile.write(body[:-action] if action < 0 else body)
-        if action < 0:
-            self.wfile.flush()
-            self.connection.close()
-
-    def log_message(self, *_arguments: Any) -> None:
-        """Nothing on the screen."""
 
 
 @pytest.fixture
@@ -313,103 +228,19 @@ def test_two_at_once(site: Site, tmp_path: Path) -> None:
     assert fetch(release(site), tmp_path, again).path.read_bytes() == CONTENT
 
 
-def hdf5_bytes() -> bytes:
-    stream = io.BytesIO()
-    with h5py.File(stream, "w") as file:
-        group = file.create_group("1/Geom-m1-i1-c1-opt")
-        group["atNUM"], group["atXYZ"] = np.array([1, 1]), np.eye(3)[:2]
-        group["ePBE0"], group["pbe0FOR"] = np.array([-30.0]), np.zeros((2, 3))
-    return stream.getvalue()
-
-
-def tar_bytes(members: dict[str, bytes], link: str | None = None) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-        if link:
-            info = tarfile.TarInfo("link")
-            info.type, info.linkname = tarfile.SYMTYPE, link
-            archive.addfile(info)
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("packed", [lzma.compress(hdf5_bytes()), lzma.compress(tar_bytes({"1000.hdf5": hdf5_bytes()}))])
-def test_a_packed_shard_is_unpacked_and_read(packed: bytes, site: Site, tmp_path: Path) -> None:
+def test_a_packed_file_is_unpacked_and_removed(site: Site, tmp_path: Path) -> None:
+    packed = lzma.compress(CONTENT[:1000])
     site.content = packed
-    name = "1000.hdf5"
-    fetched = fetch(release(site, packed, name="1000.xz", unpacks_to=name), tmp_path, ignore)
-    assert fetched.path == tmp_path / name
-    (folder,) = readable_folders(READERS["qm7x"], fetched.path)
-    shards = READERS["qm7x"].shards(folder)
-    assert [record.key for shard in shards for record in READERS["qm7x"].read(shard)] == ["1/Geom-m1-i1-c1-opt"]
-    assert [file.name for file in tmp_path.iterdir()] == [name]  # the packed one has done its work
-    assert fetch(release(site, packed, name="1000.xz", unpacks_to=name), tmp_path, ignore).was_there
+    file = release(site, packed, name="1000.xz", unpacks_to="1000.hdf5")
+    fetched = fetch(file, tmp_path, ignore)
+    assert fetched == (tmp_path / "1000.hdf5", False, "md5")
+    assert [path.name for path in tmp_path.iterdir()] == ["1000.hdf5"]
+    assert fetch(file, tmp_path, ignore).was_there
     assert len(site.asked) == 1
 
 
-def test_an_archive_of_folders(site: Site, tmp_path: Path) -> None:
-    packed = gzip.compress(tar_bytes({"set/train/data.0000.lmdb": b"x", "set/README": b"y"}))
-    site.content = packed
-    fetched = fetch(release(site, packed, name="set.tar.gz", unpacks_to="set"), tmp_path, ignore)
-    assert (tmp_path / "set/set/README").read_bytes() == b"y"
-    assert readable_folders(READERS["oc22"], fetched.path) == [tmp_path / "set/set/train"]
-
-
-@pytest.mark.parametrize(
-    "packed",
-    [
-        lzma.compress(hdf5_bytes())[:-40],
-        gzip.compress(hdf5_bytes())[:-40],
-        tar_bytes({"a": CONTENT})[:2000],
-        tar_bytes({"../outside": b"x"}),
-        tar_bytes({"a": b"x"}, link="/etc"),
-        tar_bytes({"a": b"x"}, link="a"),
-    ],
-)
-def test_an_archive_that_is_damaged_or_means_harm(packed: bytes, site: Site, tmp_path: Path) -> None:
-    site.content, folder = packed, tmp_path / "here"
-    file = release(site, packed, name="set.tar", unpacks_to="set")
-    with pytest.raises(DataError, match=r"set\.tar"):
-        fetch(file, folder, ignore)
-    assert [path.name for path in tmp_path.rglob("*")] == ["here", "set.tar"]  # nothing half unpacked, nothing outside
-    with pytest.raises(DataError, match=r"set\.tar"):
-        fetch(file, folder, ignore)
-    assert len(site.asked) == 1
-
-
-def test_choosing_files() -> None:
-    assert [file.name for file in choose_files("qm7x", [])[1]] == [f"{n}000.xz" for n in range(1, 9)]
-    assert [file.name for file in choose_files("oc20", ["s2ef_val_ood_*", "*md*"])[1]] == [
-        "s2ef_val_ood_ads.tar", "s2ef_val_ood_cat.tar", "s2ef_val_ood_both.tar", "s2ef_md.tar",
-    ]  # fmt: skip
-    for name, patterns, said in (
-        ("ani2x", [], "must be one of ani1x"),
-        ("oc20", [], "is released in parts"),
-        ("oc20", ["s2ef_train_2m.tar"], "has no file 's2ef_train_2m.tar'"),
-    ):
-        with pytest.raises(DataError, match=said):
-            choose_files(name, patterns)
-
-
-def test_another_address() -> None:
-    files = list(RELEASES["qm7x"].files)
-    assert from_elsewhere(files, "http://mirror/x/")[1].url == "http://mirror/x/2000.xz"
-    assert from_elsewhere(files[:1], "https://mirror/x")[0].url == "https://mirror/x"
-    for chosen, url in ((files, "http://mirror/x"), (files[:1], "file:///etc/passwd"), (files[:1], "ftp://mirror/")):
-        with pytest.raises(DataError, match="but must"):
-            from_elsewhere(chosen, url)
-
-
-def test_the_table_of_releases() -> None:
-    assert set(RELEASES) == {"ani1x", "qm7x", "oc20", "oc22", "mptrj"}
-    for name, release in RELEASES.items():
-        reader = READERS[name]
-        assert release.name == name
-        assert None not in (reader.method, reader.licence, reader.citation)
-        assert len({file.name for file in release.files}) == len(release.files)
-        for file in release.files:
-            assert file.url.startswith("https://")
-            assert file.md5 is None or (len(file.md5) == 32 and int(file.md5, 16) > 0)
+def test_a_packed_file_without_checksum_is_unpacked_by_the_next_try(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "1000.xz").write_bytes(lzma.compress(CONTENT[:1000]))  # killed after the download
+    file = release(site, name="1000.xz", unpacks_to="1000.hdf5", md5=None, size_bytes=None)
+    assert fetch(file, tmp_path, ignore).path.read_bytes() == CONTENT[:1000]
+    assert not site.asked

@@ -101,7 +101,7 @@ def test_a_malicious_pickle_inside_a_tensor_is_refused_and_not_run(path: Path, t
 
 @pytest.mark.parametrize(
     "name", ["builtins eval", "builtins getattr", "numpy load", "torch load", "torch.hub load", "posix system",
-             "torch._utils _rebuild_parameter", "torch.jit load", "numpy.core.multiarray scalar"],
+             "torch._utils _rebuild_parameter", "torch.jit load", "numpy.core.multiarray fromfile"],
 )  # fmt: skip
 def test_a_global_outside_the_list_is_refused(name: str, path: Path) -> None:
     put(path, b"0", b"\x80\x02c" + name.replace(" ", "\n").encode() + b"\n.")
@@ -149,6 +149,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "a text memo of 32 GiB": lambda: b"\x80\x02Np2147483647\n.",
     "lists in lists": lambda: b"\x80\x02" + b"]q\x00" + b"".join(b"](h\x00h\x00eq\x00" for _ in range(60)) + b".",
     "a storage in a zip file": lambda: pickle.dumps(Malicious(torch.storage._load_from_bytes, zipped_storage())),
+    "a scalar that is an object": lambda: pickle.dumps(np.float64(1)).replace(b"f8", b"O8"),
+    "a scalar of a megabyte": lambda: pickle.dumps(np.float64(1)).replace(b"f8", b"V9"),
     "no storage": lambda: pickle.dumps(
         Malicious(torch._utils._rebuild_tensor_v2, {}, 0, (1,), (1,), False, OrderedDict())
     ),
@@ -216,7 +218,7 @@ def test_labels_of_both_generations_in_both_datasets(
     fields = {"pos": np.zeros((1, 3)), "cell": np.eye(3)[None], "atomic_numbers": np.array([1]), "sid": 4, "fid": 2}
     with layouts.torch_geometric_stubs() as stubs:
         record = stubs["Data"]()
-        record.__dict__ |= fields | {names[0]: np.array([-3.0]), names[1]: np.ones((1, 3))}
+        record.__dict__ |= fields | {names[0]: np.float64(-3.0), names[1]: np.ones((1, 3))}
         put(tmp_path / "data.lmdb", b"0", pickle.dumps(record))
     (structure,) = READERS[source].read(tmp_path / "data.lmdb")
     assert isinstance(structure, Structure)

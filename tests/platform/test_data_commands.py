@@ -38,6 +38,15 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture
+def quickstart(tmp_path):
+    """A config whose run directory is here, and not there yet."""
+    text = (Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
+    config = tmp_path / "quickstart.yaml"
+    config.write_text(re.sub(r"(?m)^run_dir:.*", f"run_dir: {tmp_path / 'run'}", text), encoding="utf-8")
+    return config
+
+
+@pytest.fixture
 def refused(monkeypatch, capsys):
     """The one line on stderr with which the command is refused, exit code 2."""
 
@@ -146,11 +155,17 @@ class TestStats:
         write_stats_page(info._replace(sources=Stats(["<i>", "b"]).of_sources()), tmp_path / "a.html")
         assert "<i>" not in (tmp_path / "a.html").read_text(encoding="utf-8").split("<body>")[1]
 
-    def test_nothing_to_look_at(self, refused, tmp_path):
-        config = tmp_path / "config_of_a_run.yaml"
-        shown = (Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
-        config.write_text(re.sub(r"(?m)^run_dir:.*", f"run_dir: {tmp_path / 'run'}", shown), encoding="utf-8")
-        assert "has no store yet" in refused("data", "stats", config)
+    def test_the_store_of_a_run(self, store, tmp_path, quickstart):
+        run = tmp_path / "run"
+        (run / "data").mkdir(parents=True)
+        (run / "data" / "store").symlink_to(store)
+        assert find_store(quickstart) == run / "data" / "store"
+        (run / "config.yaml").write_text(quickstart.read_text(encoding="utf-8"), encoding="utf-8")
+        assert find_store(run) == run / "data" / "store"
+        assert find_store(store) == store
+
+    def test_nothing_to_look_at(self, refused, tmp_path, quickstart):
+        assert "has no store yet" in refused("data", "stats", quickstart)
         assert "not a readable store" in refused("data", "stats", tmp_path)
         assert str(tmp_path / "nowhere") in refused("data", "stats", tmp_path / "nowhere")
         with pytest.raises(UserError):
@@ -204,6 +219,15 @@ class TestFetch:
         done = self.fetch("--to", tmp_path / "to", "--url", f"http://127.0.0.1:{server.server_address[1]}/")
         assert (tmp_path / "to" / "a.h5").stat().st_size == 3_000_000
         assert done.exit_code == 0
+
+    def test_an_interruption_says_how_to_go_on(self, site, tmp_path, monkeypatch):
+        def interrupted(*_arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("wattier_gnn.fetch.fetch", interrupted)
+        done = self.fetch("--to", tmp_path / "to")
+        assert done.exit_code == 130
+        assert "The same command goes on from here" in done.stderr
 
     def test_refusals_are_one_line(self, site, refused, tmp_path, capsys):
         _, served = site

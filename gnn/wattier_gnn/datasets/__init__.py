@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ase.data import chemical_symbols
-
 from wattier_gnn.datasets import ani1x, ase_db, extxyz, mptrj, oc20, oc22, qm7x
+from wattier_gnn.datasets.ase_row import SYMBOLS
 from wattier_gnn.datasets.shard import Reader
 
 READERS: Mapping[str, Reader] = MappingProxyType(
@@ -16,7 +15,5 @@ READERS: Mapping[str, Reader] = MappingProxyType(
         for reader in (ani1x.READER, qm7x.READER, oc20.READER, oc22.READER, mptrj.READER, extxyz.READER, ase_db.READER)
     }
 )
-
-SYMBOLS: tuple[str, ...] = tuple(chemical_symbols)  # by atomic number; 0 is no element
 
 __all__ = ["READERS", "SYMBOLS", "Reader"]

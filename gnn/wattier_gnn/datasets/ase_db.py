@@ -51,7 +51,7 @@ def read(path: Path) -> Iterator[Structure | BadRecord]:
         return
     rows = {".json": _json_rows, ".aselmdb": aselmdb_rows}.get(path.suffix, _sqlite_rows)
     for row in rows(path):
-        yield row if isinstance(row, BadRecord) else or_bad(partial(_structure, path, row))
+        yield row if isinstance(row, BadRecord) else or_bad(path, partial(_structure, path, row))
 
 
 def _structure(path: Path, row: Row) -> Structure:

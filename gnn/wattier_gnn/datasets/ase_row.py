@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase.data import chemical_symbols
 from ase.symbols import Symbols
 from numpy.typing import NDArray
 
@@ -19,6 +20,7 @@ from wattier_gnn.datasets.shard import Identity, cell_or_none, checked_array, sh
 from wattier_gnn.structure import Structure
 
 Row = Mapping[str, Any]
+SYMBOLS: tuple[str, ...] = tuple(chemical_symbols)  # by atomic number; 0 is no element
 
 
 def parse_row(path: Path, inside: str, text: str | bytes) -> Row:

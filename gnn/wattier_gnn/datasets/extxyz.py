@@ -32,7 +32,7 @@ from wattier_gnn.structure import BadRecord, Structure
 LONGEST_LINE_BYTES = 1 << 20
 MOST_COLUMNS = 1000
 
-_COLUMN_COUNTS = re.compile(r":(\d+)(?=[:\s\"']|$)")
+_PROPERTIES = re.compile(rb"Properties\s*=\s*[\"']?([^\s\"']*)")
 _PARSER_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RuntimeError, AssertionError,
     ArithmeticError, MemoryError,
@@ -51,7 +51,9 @@ def read(path: Path) -> Iterator[Structure | BadRecord]:
         ShardError: the file is truncated, or has no number of atoms where one is due.
     """
     for index, text in enumerate(frame_texts(path)):
-        yield or_bad(partial(frame_structure, path, index, text, Identity("extxyz", None, f"{path.name}/{index}")))
+        yield or_bad(
+            path, partial(frame_structure, path, index, text, Identity("extxyz", None, f"{path.name}/{index}"))
+        )
 
 
 def frame_structure(path: Path, index: int, text: bytes, identity: Identity) -> Structure:
@@ -68,7 +70,9 @@ def frame_structure(path: Path, index: int, text: bytes, identity: Identity) -> 
     """
     atoms = _parse(path, index, text)
     energy_ev, forces = _labels(path, index, atoms)
-    named = atoms.info.get("group", atoms.symbols.get_chemical_formula())
+    group = identity.group
+    if group is None:
+        group = str(atoms.info.get("group") or atoms.symbols.get_chemical_formula())
     return Structure(
         numbers=atoms.numbers.astype(np.int64),
         positions_angstrom=atoms.positions.astype(np.float64),
@@ -77,7 +81,7 @@ def frame_structure(path: Path, index: int, text: bytes, identity: Identity) -> 
         energy_ev=energy_ev,
         forces_ev_per_angstrom=forces,
         source=identity.source,
-        group=str(named) if identity.group is None else identity.group,
+        group=group,
         key=identity.key,
     )
 
@@ -120,7 +124,9 @@ def _frame_lines(path: Path, index: int, stream: BinaryIO, first: bytes) -> Iter
 def _parse(path: Path, index: int, text: bytes) -> Atoms:
     inside, must_be = f"frame {index}", "an extended XYZ frame"
     comment = text.split(b"\n", 2)[1]
-    if (n_columns := sum(int(n[:9]) for n in _COLUMN_COUNTS.findall(comment.decode("latin-1")))) > MOST_COLUMNS:
+    announced = _PROPERTIES.search(comment)
+    counts = announced.group(1).split(b":")[2::3] if announced else []
+    if (n_columns := sum(int(n[:9]) for n in counts if n.isdigit())) > MOST_COLUMNS:
         raise shard_error(path, inside, f"announces {n_columns:,} columns", f"of {MOST_COLUMNS:,} at most")
     try:
         # One frame at a time: given the file, ASE seeks back after each frame, which unpacks an xz file anew

@@ -54,7 +54,7 @@ def read_lmdb(path: Path, names: Names) -> Iterator[Structure | BadRecord]:
             yield BadRecord(str(error))
             n_records = file.entries - 1
         for index in range(n_records):
-            yield or_bad(partial(_pickled, path, file, str(index), names))
+            yield or_bad(path, partial(_pickled, path, file, str(index), names))
 
 
 def read_aselmdb(path: Path, names: Names) -> Iterator[Structure | BadRecord]:
@@ -67,7 +67,7 @@ def read_aselmdb(path: Path, names: Names) -> Iterator[Structure | BadRecord]:
         if isinstance(row, BadRecord):
             yield row
         else:
-            yield or_bad(partial(_named_row, path, f"key {row['id']}", row, names))
+            yield or_bad(path, partial(_named_row, path, f"key {row['id']}", row, names))
 
 
 def read_trajectory(path: Path, source: str) -> Iterator[Structure | BadRecord]:
@@ -81,7 +81,7 @@ def read_trajectory(path: Path, source: str) -> Iterator[Structure | BadRecord]:
             yield BadRecord(str(frame))
         else:
             identity = Identity(source, path.stem, f"{path.stem}/{index}")
-            yield or_bad(partial(row_structure, path, f"frame {index}", frame, identity))
+            yield or_bad(path, partial(row_structure, path, f"frame {index}", frame, identity))
 
 
 def aselmdb_rows(path: Path) -> Iterator[Row | BadRecord]:
@@ -182,4 +182,4 @@ def _plain(value: Any) -> Any:
 
     if isinstance(value, torch.Tensor) and value.dtype not in (torch.bfloat16, torch.bool):
         return value.detach().numpy()
-    return value if isinstance(value, np.ndarray | int | float) else np.array("not numeric")
+    return value if isinstance(value, np.ndarray | np.number | int | float) else np.array("not numeric")

@@ -72,15 +72,19 @@ def hdf5_dataset(path: Path, group: h5py.Group, name: str, shape: Shape) -> h5py
         dataset = _member(path, group, name)
         if not isinstance(dataset, h5py.Dataset):
             raise shard_error(path, inside, f"is a {type(dataset).__name__}", must_be)
-        fits = len(dataset.shape or ()) == len(shape) and all(
-            isinstance(due, str) or due == length for due, length in zip(shape, dataset.shape or (), strict=False)
+        shape_there, dtype = dataset.shape or (), dataset.dtype
+        fits = len(shape_there) == len(shape) and all(
+            isinstance(due, str) or due == length for due, length in zip(shape, shape_there, strict=False)
         )
-        if dataset.shape is None or dataset.dtype.kind not in "iuf" or not fits:
-            raise shard_error(path, inside, f"is {dataset.dtype} {list(dataset.shape or ())}", must_be)
-        if dataset.external or dataset.is_virtual:
+        if dtype.kind not in "iuf" or not fits:
+            raise shard_error(path, inside, f"is {dtype} {list(shape_there)}", must_be)
+        stored, announced = int(dataset.id.get_storage_size()), prod(shape_there) * dtype.itemsize
+        recipe = dataset.id.get_create_plist()
+        layout = recipe.get_layout()
+        if layout == h5py.h5d.VIRTUAL or (layout == h5py.h5d.CONTIGUOUS and recipe.get_external_count()):
             raise shard_error(path, inside, "takes its values from another file", "stored in this one")
-        stored, announced = int(dataset.id.get_storage_size()), int(dataset.nbytes)
-        chunk = prod(dataset.chunks or (0,)) * dataset.dtype.itemsize  # unpacked whole for any of its values
+        chunked = layout == h5py.h5d.CHUNKED
+        chunk = prod(recipe.get_chunk()) * dtype.itemsize if chunked else 0  # unpacked whole for any of its values
     except _HDF5_ERRORS as error:
         raise shard_error(path, inside, f"HDF5 says {error}", must_be) from error
     if chunk > LARGEST_CHUNK_BYTES:
@@ -123,7 +127,7 @@ def hdf5_rows(
 
 def _member(path: Path, parent: h5py.Group, name: str) -> Any:
     """What lies under a name; a link out of the file is not followed: it would read what its author has no right to."""
-    link = parent.get(name, getlink=True)
-    if isinstance(link, h5py.ExternalLink):
-        raise shard_error(path, f"{parent.name}/{name}", f"is a link to {link.filename!r}", "in this file")
+    if parent.id.links.get_info(name.encode()).type == h5py.h5l.TYPE_EXTERNAL:
+        target = parent.get(name, getlink=True).filename
+        raise shard_error(path, f"{parent.name}/{name}", f"is a link to {target!r}", "in this file")
     return parent[name]

@@ -51,7 +51,7 @@ def read(path: Path) -> Iterator[Structure | BadRecord]:
                     yield BadRecord(str(shard_error(path, material, f"is a {kind}", "an object of frames")))
                     continue
                 for frame_id in document.members():
-                    yield or_bad(partial(_structure, path, material, frame_id, document.value()))
+                    yield or_bad(path, partial(_structure, path, material, frame_id, document.value()))
     except STREAM_ERRORS as error:
         raise shard_error(path, "", f"cannot be read: {error}", "a whole file") from error
 

@@ -54,7 +54,7 @@ def _read_frames(path: Path) -> Iterator[Structure | BadRecord]:
     if n_frames != len(ids):
         raise shard_error(path, "", f"has {n_frames} frames for {len(ids)} lines of ids", "a shard with one id a frame")
     for index, (text, (system, frame)) in enumerate(zip(frame_texts(path), ids, strict=True)):
-        yield or_bad(partial(frame_structure, path, index, text, Identity("oc20", system, f"{system}/{frame}")))
+        yield or_bad(path, partial(frame_structure, path, index, text, Identity("oc20", system, f"{system}/{frame}")))
 
 
 def _read_ids(path: Path) -> list[tuple[str, str]]:

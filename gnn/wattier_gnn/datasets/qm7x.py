@@ -37,7 +37,7 @@ def read(path: Path) -> Iterator[Structure | BadRecord]:
                 yield BadRecord(str(error))
                 continue
             for idconf in hdf5_names(path, molecule):
-                yield or_bad(partial(_conformation, path, molecule, idmol, idconf))
+                yield or_bad(path, partial(_conformation, path, molecule, idmol, idconf))
 
 
 def _conformation(path: Path, molecule: h5py.Group, idmol: str, idconf: str) -> Structure:

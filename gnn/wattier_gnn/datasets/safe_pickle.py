@@ -135,10 +135,23 @@ class _RebuildTensor:
         return flat.as_strided(size, stride)
 
 
+class _Scalar:
+    """What ``numpy.core.multiarray.scalar`` does, for numbers only."""
+
+    __slots__ = ()
+
+    def __call__(self, dtype: Any, data: bytes) -> Any:
+        if not isinstance(dtype, np.dtype) or dtype.kind not in "iufb" or len(data) != dtype.itemsize:
+            raise pickle.UnpicklingError("a scalar that is no number")
+        return np.frombuffer(data, dtype)[0]
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch.storage", "_load_from_bytes"): _LoadStorage(),
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+    ("numpy.core.multiarray", "scalar"): _Scalar(),
+    ("numpy._core.multiarray", "scalar"): _Scalar(),
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,

@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from wattier_gnn.structure import BadRecord, DataError, ShardError, Structure
 
 COMPRESSIONS = (".xz", ".gz")
+BUFFER_BYTES = 1 << 20
 # No released structure has a thousand atoms; a file that announces more than this is damaged, or wants our memory.
 MOST_ATOMS = 1_000_000
 # No record of a release is near this large; what unpacks to more is a bomb.
@@ -117,12 +118,16 @@ def shard_error(path: Path, inside: str, what_is: str, what_must_be: str) -> Sha
     )
 
 
-def or_bad(make: Callable[[], Structure]) -> Structure | BadRecord:
-    """What `make` returns, or its complaint about the record it was to be made of."""
+def or_bad(path: Path, make: Callable[[], Structure]) -> Structure | BadRecord:
+    """What `make` returns, or its complaint about the record of `path` it was to be made of."""
     try:
-        return make()
+        structure = make()
+        f"{structure.group}{structure.key}".encode()  # JSON may hold half of a surrogate pair
+    except UnicodeEncodeError:
+        return BadRecord(str(shard_error(path, f"{structure.group}/{structure.key}", "is no text", "named in Unicode")))
     except DataError as error:
         return BadRecord(str(error))
+    return structure
 
 
 def checked_array(path: Path, inside: str, value: Any, shape: Shape, dtype: type[np.generic]) -> NDArray[Any]:
@@ -153,11 +158,10 @@ def checked_array(path: Path, inside: str, value: Any, shape: Shape, dtype: type
 
 def open_binary(path: Path) -> BinaryIO:
     """The bytes of a file, unpacked on the way when its name ends in .xz or .gz."""
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path, "rb"))
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")
+    if path.suffix not in COMPRESSIONS:
+        return path.open("rb")
+    unpacker: Any = lzma.LZMAFile if path.suffix == ".xz" else gzip.GzipFile
+    return io.BufferedReader(unpacker(path), BUFFER_BYTES)  # their own readline is Python, and slow
 
 
 def open_text(path: Path) -> TextIO:
