@@ -8,15 +8,15 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from wattier_gnn.egnn import Readout
 from wattier_gnn.layers import PairMessages, RadialBasis
 from wattier_gnn.ops import EdgeGraph
+from wattier_gnn.recompute import recomputed
 from wattier_gnn.structure import DataError
 
 PNA_AGGREGATORS = ["mean", "min", "max", "std"]
@@ -45,26 +45,27 @@ class GeometricEncoder(nn.Module):
         self.compute, self.checkpointing = compute, checkpointing
 
     def forward(
-        self, numbers: Tensor, vectors: Tensor, graph: EdgeGraph, readout: Readout | None
+        self, numbers: Tensor, vectors: Tensor, graph: EdgeGraph, readout: nn.Module | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Node features [N, H] and the readout's word on each edge."""
+        """h [N, H], and [E, C] that the readout makes of messages [E, H]."""
         h = self.embedding(numbers)
         distance = torch.linalg.vector_norm(vectors, dim=1)
         features = self.basis(distance) * self.basis.envelope(distance)[:, None]
         edges = torch.stack([graph.senders, graph.receivers])  # torch_geometric's order
-        with torch.autocast(h.device.type, dtype=self.compute, enabled=self.compute is not None):
-            for block in self.blocks:
-                if self.checkpointing:
-                    change = checkpoint(
-                        block, h, edges, distance, features, use_reentrant=False, preserve_rng_state=False
-                    )
-                else:
-                    change = block(h, edges, distance, features)
-                h = h + change
+        for block in self.blocks:
+            part = partial(self._changed, block, edges)
+            if self.checkpointing:
+                (h,) = recomputed(part, list(block.parameters()), h, distance, features, twice=vectors.requires_grad)
+            else:
+                (h,) = part(h, distance, features)
         if self.messages is None or readout is None:
             return h, None
         low = self.compute or h.dtype
         return h, readout(self.messages(h.to(low), features.to(low), graph))
+
+    def _changed(self, block: nn.Module, edges: Tensor, h: Tensor, distance: Tensor, features: Tensor) -> tuple[Tensor]:
+        with torch.autocast(h.device.type, dtype=self.compute, enabled=self.compute is not None):
+            return (h + block(h, edges, distance, features),)
 
 
 class PNABlock(nn.Module):
