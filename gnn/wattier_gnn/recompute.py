@@ -41,16 +41,10 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        found = apply(
-            _Derivative,
-            ctx.part,
-            ctx.parameters,
-            weights_are_wanted(),
-            len(gradients),
-            *gradients,
-            *ctx.saved_tensors,
+        found = _Derivative.apply(  # type: ignore[no-untyped-call]
+            ctx.part, ctx.parameters, weights_are_wanted(), len(gradients), *gradients, *ctx.saved_tensors,
             *ctx.parameters,
-        )
+        )  # fmt: skip
         return None, None, *found
 
 
