@@ -24,11 +24,11 @@ PNA_SCALERS = ["identity", "amplification", "attenuation", "linear"]
 
 
 class GeometricEncoder(nn.Module):
-    """Embedded elements, then ``h + block(h)`` for each block; invariant, for only distances come in."""
+    """Embedded elements, then ``h + layer(h)`` for each layer; invariant, for only distances come in."""
 
     def __init__(  # noqa: PLR0913
         self,
-        blocks: list[nn.Module],
+        layers: list[nn.Module],
         *,
         hidden_dim: int,
         n_radial: int,
@@ -40,7 +40,7 @@ class GeometricEncoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(119, hidden_dim)
         self.basis = RadialBasis(n_radial, cutoff_angstrom)
-        self.blocks = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(layers)
         self.messages = PairMessages(hidden_dim, n_radial) if messages else None
         self.compute, self.checkpointing = compute, checkpointing
 
@@ -52,10 +52,10 @@ class GeometricEncoder(nn.Module):
         distance = torch.linalg.vector_norm(vectors, dim=1)
         features = self.basis(distance) * self.basis.envelope(distance)[:, None]
         edges = torch.stack([graph.senders, graph.receivers])  # torch_geometric's order
-        for block in self.blocks:
-            part = partial(self._changed, block, edges)
+        for layer in self.layers:
+            part = partial(self._changed, layer, edges)
             if self.checkpointing:
-                (h,) = recomputed(part, list(block.parameters()), h, distance, features, twice=vectors.requires_grad)
+                (h,) = recomputed(part, list(layer.parameters()), h, distance, features, twice=vectors.requires_grad)
             else:
                 (h,) = part(h, distance, features)
         if self.messages is None or readout is None:
@@ -63,9 +63,9 @@ class GeometricEncoder(nn.Module):
         low = self.compute or h.dtype
         return h, readout(self.messages(h.to(low), features.to(low), graph))
 
-    def _changed(self, block: nn.Module, edges: Tensor, h: Tensor, distance: Tensor, features: Tensor) -> tuple[Tensor]:
+    def _changed(self, layer: nn.Module, edges: Tensor, h: Tensor, distance: Tensor, features: Tensor) -> tuple[Tensor]:
         with torch.autocast(h.device.type, dtype=self.compute, enabled=self.compute is not None):
-            return (h + block(h, edges, distance, features),)
+            return (h + layer(h, edges, distance, features),)
 
 
 class PNABlock(nn.Module):
