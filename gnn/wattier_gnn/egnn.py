@@ -7,20 +7,38 @@ aggregated messages are divided by the square root of the mean number of neighbo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from wattier_gnn.layers import RadialBasis, ToScalar
 from wattier_gnn.ops import EdgeGraph, Linear, SiLU, silu
+from wattier_gnn.recompute import recomputed
 
 MESSAGE_GAIN = 2.0  # makes up for the spread that two SiLU lose, so that first messages are as large as the embedding
 
-Readout = Callable[[Tensor], Tensor]  # messages [E, H] -> [E, C], what a force head wants of each edge
-Chunks = list[tuple[slice, slice, EdgeGraph]]
+
+@dataclass(frozen=True)
+class Frame:
+    """What all layers have in common in one pass.
+
+    Attributes:
+        graph: who sends to whom.
+        chunks: parts of the graph to go through one by one; none = all at once.
+        basis: distances to features.
+        norm: what sums of messages are divided by.
+        compute: type of the linear layers.
+        twice: derivatives will be differentiated again.
+    """
+
+    graph: EdgeGraph
+    chunks: list[tuple[slice, slice, EdgeGraph]]
+    basis: RadialBasis
+    norm: Tensor
+    compute: torch.dtype
+    twice: bool
 
 
 class EGNNLayer(nn.Module):
@@ -44,63 +62,53 @@ class EGNNLayer(nn.Module):
             push = ToScalar(hidden_dim, gain=2e-2)
             self.coordinate = nn.Sequential(Linear(hidden_dim, hidden_dim), SiLU(), push)
 
-    def forward(  # noqa: PLR0913, PLR0917
-        self,
-        h: Tensor,
-        vectors: Tensor,
-        graph: EdgeGraph,
-        chunks: Chunks,
-        envelope: Tensor,
-        basis: RadialBasis,
-        norm: Tensor,
-        compute: torch.dtype,
-        readout: Readout | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """New h [N, H], new edge vectors [E, 3], what the readout says of each edge; envelope [E, 1] is that of the
-        undisturbed edges. Linear layers work in `compute`; h, vectors and sums are kept in the type of h."""
-        low = h.to(compute)
+    def forward(
+        self, h: Tensor, vectors: Tensor, envelope: Tensor, frame: Frame, readout: nn.Module | None
+    ) -> tuple[Tensor, ...]:
+        """New h [N, H], new edge vectors [E, 3], and what the readout, if any, says of each edge; envelope [E, 1] is
+        that of the undisturbed edges. Linear layers work in `compute`; h, vectors and sums keep the type of h."""
+        low = h.to(frame.compute)
         to_receiver, to_sender = self.receiver(low), self.sender(low)
-        if not chunks:
-            parts = [self._edges(to_receiver, to_sender, vectors, envelope, graph, basis, readout)]
+        if not frame.chunks:
+            gathered, *said = self._edges(frame.graph, frame, readout, to_receiver, to_sender, vectors, envelope)
         else:
+            weights = [p for module in (self.radial, self.message, self.coordinate, readout) if module is not None
+                       for p in module.parameters()]  # fmt: skip
             parts = [
-                checkpoint(
-                    self._edges, to_receiver[atoms], to_sender, vectors[edges], envelope[edges], part, basis, readout,
-                    use_reentrant=False, preserve_rng_state=False,
+                recomputed(
+                    partial(self._edges, part, frame, readout), weights, to_receiver[atoms], to_sender, vectors[edges],
+                    envelope[edges], twice=frame.twice,
                 )
-                for atoms, edges, part in chunks
+                for atoms, edges, part in frame.chunks
             ]  # fmt: skip
-        gathered, pushed, said = (_joined(column) for column in zip(*parts, strict=True))
-        h = h + self.node(torch.cat([low, (gathered / norm).to(compute)], dim=1))
-        if pushed is not None:
-            moves = pushed / -norm
-            vectors = vectors + graph.of_senders(moves) - graph.of_receivers(moves)
-        return h, vectors, said
+            gathered, *said = (torch.cat(column) for column in zip(*parts, strict=True))
+        h = h + self.node(torch.cat([low, (gathered / frame.norm).to(frame.compute)], dim=1))
+        if self.coordinate is not None:
+            moves = said.pop(0) / -frame.norm
+            vectors = vectors + frame.graph.of_senders(moves) - frame.graph.of_receivers(moves)
+        return h, vectors, *said
 
     def _edges(  # noqa: PLR0913, PLR0917
         self,
+        graph: EdgeGraph,
+        frame: Frame,
+        readout: nn.Module | None,
         to_receiver: Tensor,
         to_sender: Tensor,
         vectors: Tensor,
         envelope: Tensor,
-        graph: EdgeGraph,
-        basis: RadialBasis,
-        readout: Readout | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Sums of messages [N, H] and of pushes [N, 3], and the readout's [E, C]: nothing else leaves the edges."""
+    ) -> tuple[Tensor, ...]:
+        """Sums of messages [N, H], sums of pushes [N, 3] if there are, the readout's [E, C] if there is one."""
         distance = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        radial = self.radial((basis(distance.squeeze(1)) * envelope).to(to_sender.dtype))
+        radial = self.radial((frame.basis(distance.squeeze(1)) * envelope).to(to_sender.dtype))
         pair = graph.of_pairs(to_receiver, to_sender).add_(radial)
         messages = silu(self.message(silu(pair))) * envelope.to(pair.dtype)
-        pushed = None
+        out = [graph.to_receivers(messages)]
         if self.coordinate is not None:
-            pushed = graph.to_receivers(vectors * (self.coordinate(messages) * envelope / (distance + 1)))
-        return graph.to_receivers(messages), pushed, None if readout is None else readout(messages)
-
-
-def _joined(parts: tuple[Any, ...]) -> Any:
-    """One tensor of the chunks' tensors, or None of their None."""
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+            out.append(graph.to_receivers(vectors * (self.coordinate(messages) * envelope / (distance + 1))))
+        if readout is not None:
+            out.append(readout(messages))
+        return tuple(out)
 
 
 class EGNN(nn.Module):
@@ -136,19 +144,27 @@ class EGNN(nn.Module):
     mean_neighbors: Tensor
 
     def forward(
-        self, numbers: Tensor, vectors: Tensor, graph: EdgeGraph, readout: Readout | None
+        self, numbers: Tensor, vectors: Tensor, graph: EdgeGraph, readout: nn.Module | None
     ) -> tuple[Tensor, Tensor | None]:
+        """h [N, H], and [E, C] that the readout makes of the last messages [E, H]."""
         h = self.embedding(numbers)
-        norm = self.mean_neighbors.sqrt() / MESSAGE_GAIN
+        frame = Frame(
+            graph=graph,
+            chunks=graph.chunks(self.edge_chunk) if self.edge_chunk else [],
+            basis=self.basis,
+            norm=self.mean_neighbors.sqrt() / MESSAGE_GAIN,
+            compute=self.compute or h.dtype,
+            twice=vectors.requires_grad,
+        )
         # Of the undisturbed distance in every layer: that alone decides whether the edge is there at all.
         envelope = self.basis.envelope(torch.linalg.vector_norm(vectors, dim=1))[:, None]
-        chunks = graph.chunks(self.edge_chunk) if self.edge_chunk else []
-        said = None
+        said: list[Tensor] = []
         for layer in self.layers:
             last = readout if layer is self.layers[-1] else None
-            rest = (graph, chunks, envelope, self.basis, norm, self.compute or h.dtype, last)
             if self.checkpointing:
-                h, vectors, said = checkpoint(layer, h, vectors, *rest, use_reentrant=False, preserve_rng_state=False)
+                weights = [*layer.parameters(), *(last.parameters() if last is not None else ())]
+                part = partial(layer, frame=frame, readout=last)
+                h, vectors, *said = recomputed(part, weights, h, vectors, envelope, twice=frame.twice)
             else:
-                h, vectors, said = layer(h, vectors, *rest)
-        return h, said
+                h, vectors, *said = layer(h, vectors, envelope, frame, last)
+        return h, said[0] if said else None

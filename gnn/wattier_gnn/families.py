@@ -8,15 +8,15 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from wattier_gnn.egnn import Readout
 from wattier_gnn.layers import PairMessages, RadialBasis
 from wattier_gnn.ops import EdgeGraph
+from wattier_gnn.recompute import recomputed
 from wattier_gnn.structure import DataError
 
 PNA_AGGREGATORS = ["mean", "min", "max", "std"]
@@ -24,11 +24,11 @@ PNA_SCALERS = ["identity", "amplification", "attenuation", "linear"]
 
 
 class GeometricEncoder(nn.Module):
-    """Embedded elements, then ``h + block(h)`` for each block; invariant, for only distances come in."""
+    """Embedded elements, then ``h + layer(h)`` for each layer; invariant, for only distances come in."""
 
     def __init__(  # noqa: PLR0913
         self,
-        blocks: list[nn.Module],
+        layers: list[nn.Module],
         *,
         hidden_dim: int,
         n_radial: int,
@@ -40,31 +40,32 @@ class GeometricEncoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(119, hidden_dim)
         self.basis = RadialBasis(n_radial, cutoff_angstrom)
-        self.blocks = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(layers)
         self.messages = PairMessages(hidden_dim, n_radial) if messages else None
         self.compute, self.checkpointing = compute, checkpointing
 
     def forward(
-        self, numbers: Tensor, vectors: Tensor, graph: EdgeGraph, readout: Readout | None
+        self, numbers: Tensor, vectors: Tensor, graph: EdgeGraph, readout: nn.Module | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Node features [N, H] and the readout's word on each edge."""
+        """h [N, H], and [E, C] that the readout makes of messages [E, H]."""
         h = self.embedding(numbers)
         distance = torch.linalg.vector_norm(vectors, dim=1)
         features = self.basis(distance) * self.basis.envelope(distance)[:, None]
         edges = torch.stack([graph.senders, graph.receivers])  # torch_geometric's order
-        with torch.autocast(h.device.type, dtype=self.compute, enabled=self.compute is not None):
-            for block in self.blocks:
-                if self.checkpointing:
-                    change = checkpoint(
-                        block, h, edges, distance, features, use_reentrant=False, preserve_rng_state=False
-                    )
-                else:
-                    change = block(h, edges, distance, features)
-                h = h + change
+        for layer in self.layers:
+            part = partial(self._changed, layer, edges)
+            if self.checkpointing:
+                (h,) = recomputed(part, list(layer.parameters()), h, distance, features, twice=vectors.requires_grad)
+            else:
+                (h,) = part(h, distance, features)
         if self.messages is None or readout is None:
             return h, None
         low = self.compute or h.dtype
         return h, readout(self.messages(h.to(low), features.to(low), graph))
+
+    def _changed(self, layer: nn.Module, edges: Tensor, h: Tensor, distance: Tensor, features: Tensor) -> tuple[Tensor]:
+        with torch.autocast(h.device.type, dtype=self.compute, enabled=self.compute is not None):
+            return (h + layer(h, edges, distance, features),)
 
 
 class PNABlock(nn.Module):

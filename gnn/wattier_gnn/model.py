@@ -14,7 +14,7 @@ from wattier_gnn.batch import Batch, Prediction
 from wattier_gnn.egnn import EGNN
 from wattier_gnn.families import GeometricEncoder, pna_blocks, schnet_blocks
 from wattier_gnn.heads import DirectForceHead, SourceEnergyHeads, VectorForceHead
-from wattier_gnn.ops import EdgeGraph
+from wattier_gnn.ops import EdgeGraph, positions_only
 from wattier_gnn.properties import Property, promised
 
 Family = Literal["egnn", "schnet", "pna"]
@@ -120,7 +120,8 @@ class FoundationModel(nn.Module):
             vectors = vectors.detach().requires_grad_(True)
             h, _ = self.encoder(batch.numbers, vectors, graph, None)
             energy = self._energy(batch, h)
-            (gradient,) = torch.autograd.grad(energy.sum(), vectors, create_graph=self.training)
+            with positions_only():
+                (gradient,) = torch.autograd.grad(energy.sum(), vectors, create_graph=self.training)
             forces = graph.to_receivers(gradient) - graph.to_senders(gradient)
         return Prediction(energy, forces) if self.training else Prediction(energy.detach(), forces.detach())
 

@@ -6,6 +6,9 @@ sum over edges sorted by atom. All of it runs on any device.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 # Below, making a oneDNN kernel for yet another number of edges (0.4 ms) costs what the kernel saves.
 SMALLEST_ONE_DNN_PRODUCT = 2**24
+_THREAD = threading.local()
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,26 @@ class EdgeGraph:
         return parts
 
 
+@contextmanager
+def positions_only(yes: bool = True) -> Iterator[None]:
+    """Inside, a backward pass is for forces alone, and no gradient of weights in oneDNN is made.
+
+    torch does not tell a function which of its gradients are wanted. This holds for one thread: on a CPU, torch goes
+    backward in the thread that asked.
+    """
+    before = weights_are_wanted()
+    _THREAD.weights_are_wanted = not yes
+    try:
+        yield
+    finally:
+        _THREAD.weights_are_wanted = before
+
+
+def weights_are_wanted() -> bool:
+    """False inside of `positions_only`."""
+    return getattr(_THREAD, "weights_are_wanted", True)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times weight [H, K] transposed, in the type of x."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -146,11 +170,11 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        wanted, weights = ctx.needs_input_grad, weights_are_wanted()
         return (
             linear(gradient, weight.T) if wanted[0] else None,
-            linear(gradient.T, x.T) if wanted[1] else None,
-            gradient.sum(dim=0) if wanted[2] else None,
+            linear(gradient.T, x.T) if wanted[1] and weights else None,
+            gradient.sum(dim=0) if wanted[2] and weights else None,
         )
 
 

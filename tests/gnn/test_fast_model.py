@@ -125,8 +125,8 @@ def test_the_degree_histogram_sets_the_scalers_of_pna(tools: Any) -> None:
     """Mean degrees by hand: 3 atoms with 2 neighbours and 1 with 10 have 4 on average."""
     histogram = (0, 0, 3, *[0] * 7, 1)
     known = tools.model(family="pna", degree_histogram=histogram)
-    assert float(known.encoder.blocks[0].conv.aggr_module.avg_deg_lin) == 4.0
-    assert float(tools.model(family="pna").encoder.blocks[0].conv.aggr_module.avg_deg_lin) == 12.0
+    assert float(known.encoder.layers[0].conv.aggr_module.avg_deg_lin) == 4.0
+    assert float(tools.model(family="pna").encoder.layers[0].conv.aggr_module.avg_deg_lin) == 12.0
     again = FoundationModel(ModelConfig.from_dict(known.config.to_dict()))
     again.load_state_dict(known.state_dict())
     assert again.config.degree_histogram == histogram

@@ -50,7 +50,9 @@ def test_cluster_configs_have_absolute_paths(name):
 
 def test_paper_has_the_published_space():
     config = load_config(ROOT / "configs" / "paper.yaml")
-    ranges = {name: (parameter.low, parameter.high) for name, parameter in config.search.space.items()}
+    space = dict(config.search.space)
+    assert space.pop("family").choices == ["egnn", "schnet", "pna"]
+    ranges = {name: (parameter.low, parameter.high) for name, parameter in space.items()}
     assert ranges == {
         "n_layers": (2, 6),
         "hidden_dim": (100, 2000),
