@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wattier_gnn import checkpoint
 from wattier_gnn.batch import Batch
@@ -207,6 +208,26 @@ def test_a_middle_of_another_epoch_is_refused(make: Callable[..., Trainer]) -> N
 def test_between_epochs_the_batches_may_change(make: Callable[..., Trainer]) -> None:
     make(batch_structures=4, epochs=1).run(go_on)
     assert make(batch_structures=5, epochs=2).run(go_on).epoch == 2
+
+
+class ScalarsRead(TorchDispatchMode):
+    """Counts the numbers that are taken out of tensors: on a GPU each of them waits for all work before it."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_the_device(make: Callable[..., Trainer], emt_store: Store) -> None:
+    trainer = make(warmup_steps=3)
+    with ScalarsRead() as read:
+        float(torch.ones(()))
+        assert read.n == 1
+        for _ in range(2):
+            trainer._step(emt_store.batch(np.array([0, 1, 25])), 3)
+    assert read.n == 1
 
 
 def test_an_epoch_may_be_shorter_than_the_data(make: Callable[..., Trainer]) -> None:
