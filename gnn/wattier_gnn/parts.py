@@ -218,7 +218,7 @@ def _write_part(path: Path, block: _Block, recipe: Recipe) -> None:
     tensors["atoms"] = pack_atoms(arrays).view(np.uint8)
     tensors["edges"] = pack_edges(arrays).view(np.uint8)[: None if recipe.neighbors == "precomputed" else 0]
     tensors["keys"], tensors["key_offset"] = pack_texts([s.key for s in block.structures])
-    groups = sorted({s.group for s in block.structures})
+    groups = list(dict.fromkeys(s.group for s in block.structures))  # as they come: parts of any size number them alike
     row = {name: k for k, name in enumerate(groups)}
     tensors["group"] = np.array([row[s.group] for s in block.structures], dtype=np.int32)
     tensors["group_names"], tensors["group_offset"] = pack_texts(groups)
