@@ -7,6 +7,7 @@ neural networks on large atomistic modeling datasets", SC-W 2023), without MPI.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from wattier_gnn.arrays import ATOM, EDGE
 from wattier_gnn.batch import Batch
 from wattier_gnn.columns import read_rows
-from wattier_gnn.distributed import World
+from wattier_gnn.distributed import TIMEOUT_SECONDS, World
 from wattier_gnn.store import Store, rows_of
 
 
@@ -47,7 +48,8 @@ class SpreadStore(Store):
             name: read_rows(folder, name, int(offset[self._first]), int(offset[stop]))
             for name, offset in self._records().items()
         }
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
 
     def batch_of(self, parts: Sequence[Any], rank: int) -> Batch:
         """This rank's batch of a step, given every rank's indices; a collective."""
