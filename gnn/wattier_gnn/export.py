@@ -73,19 +73,22 @@ def verify(folder: Path) -> str:
     if release is None:
         store = Store(folder)
         return f"{folder}: {len(store)} structures, all files have their size (a store has no hashes, an export has)"
-    for name, entry in release["files"].items():
+    try:
+        form, n_structures = release["format"], manifest["rows"]["energy"]
+        hashes = {name: entry["sha256"] for name, entry in release["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder}: not a readable release ({MANIFEST}: {error!r}). Get the release anew.") from error
+    for name, due in hashes.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"{folder}: names {name!r}, but files must lie inside of it. Do not use this release.")
         if not path.is_file():
             raise DataError(f"{path}: is missing, but the manifest names it. Get the release anew.")
-        if (found := sha256_of(path)) != entry["sha256"]:
-            raise DataError(
-                f"{path}: sha256 is {found[:12]}..., but must be {entry['sha256'][:12]}... Get the release anew."
-            )
-    if release["format"] == "store":
+        if (found := sha256_of(path)) != due:
+            raise DataError(f"{path}: sha256 is {found[:12]}..., but must be {due[:12]}... Get the release anew.")
+    if form == "store":
         Store(folder)
-    return f"{folder}: {manifest['rows']['energy']} structures, all {len(release['files'])} files have their sha256"
+    return f"{folder}: {n_structures} structures, all {len(hashes)} files have their sha256"
 
 
 def _columns(store: Store, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

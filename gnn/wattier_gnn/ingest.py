@@ -96,9 +96,9 @@ def _what_is_there(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     manifest = read_manifest(folder)
     for name, value in settings.items():
-        if manifest["settings"][name] != value:
+        if (there := manifest["settings"].get(name)) != value:
             raise DataError(
-                f"{folder}: was made with {name} {manifest['settings'][name]}, but must be added to with the same, "
+                f"{folder}: was made with {name} {there}, but must be added to with the same, "
                 f"and {value} was given. Change the setting, or name another folder."
             )
     return manifest

@@ -8,6 +8,7 @@ neural networks on large atomistic modeling datasets", SC-W 2023), without MPI.
 from __future__ import annotations
 
 import datetime
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from wattier_gnn.arrays import ATOM, EDGE
+from wattier_gnn.arrays import COLUMNS
 from wattier_gnn.batch import Batch
 from wattier_gnn.columns import read_rows
 from wattier_gnn.distributed import TIMEOUT_SECONDS, World
@@ -31,6 +32,8 @@ class SpreadStore(Store):
     Everything else reads the folder as a `Store` does.
     """
 
+    is_collective = True
+
     def __init__(self, folder: Path, world: World) -> None:
         """Load this rank's share; all ranks together, inside of `distributed.process_group`.
 
@@ -38,10 +41,10 @@ class SpreadStore(Store):
             DataError: as for `Store`.
         """
         super().__init__(folder)
-        weight = self.atom_offset * ATOM.itemsize + self.edge_offset * (0 if self.finds_edges else EDGE.itemsize)
-        shares = np.linspace(0, weight[-1], world.size + 1)
-        self.bounds = np.searchsorted(weight, shares)  # structures of rank r: bounds[r] to bounds[r + 1]
-        self.bounds[[0, -1]] = 0, len(self)
+        # Structures of rank r: bounds[r] to bounds[r + 1], so that every rank holds as many bytes.
+        shares = np.linspace(0, self._bytes_before(len(self)), world.size + 1)[1:-1]
+        inner = [bisect_left(range(len(self)), share, key=self._bytes_before) for share in shares]
+        self.bounds = np.array([0, *inner, len(self)])
         self._rank = world.rank
         self._first, stop = self.bounds[world.rank : world.rank + 2].tolist()
         self._share = {
@@ -56,6 +59,9 @@ class SpreadStore(Store):
         parts = [np.asarray(part, dtype=np.int64) for part in parts]
         records = {name: self._exchanged(name, offset, parts) for name, offset in self._records().items()}
         return self.joined(self.unpacked(parts[rank], records["atoms"], records.get("edges")))
+
+    def _bytes_before(self, index: int) -> int:
+        return sum(COLUMNS[name].row_bytes * int(offset[index]) for name, offset in self._records().items())
 
     def _records(self) -> dict[str, Any]:
         """The columns that are spread, with the offsets of their structures."""

@@ -43,6 +43,7 @@ def test_a_good_structure_stays() -> None:
         (replace(GOOD, cell_angstrom=np.full((3, 3), NAN)), "nan position"),
         (replace(GOOD, positions_angstrom=np.array([[0, 0, 0], [0, -2e6, 0]])), "position out of range"),
         (replace(GOOD, cell_angstrom=None), "cell without volume"),
+        (replace(GOOD, cell_angstrom=np.diag([0.5, 0.5, 1.5])), "impossible density"),
         (replace(GOOD, cell_angstrom=np.ones((3, 3))), "cell without volume"),
         (replace(GOOD, cell_angstrom=np.diag([4, 4, 0.01])), "cell without volume"),
         (replace(GOOD, numbers=np.array([0, 1], dtype=np.int64)), "unknown element"),
