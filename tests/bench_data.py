@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--structures", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    from wattier_gnn.ingest import ingest
+    from wattier_gnn.sample import SAMPLE_SOURCES, sample_path
+
     print(
         f"python {platform.python_version()}, numpy {np.__version__}, {psutil.cpu_count()} cores, {platform.machine()}"
     )
