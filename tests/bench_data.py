@@ -15,21 +15,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
-import lmdb
 import numpy as np
 import psutil
-import torch
-from ase import Atoms
-from ase.neighborlist import neighbor_list
 
-from wattier_gnn.ingest import ingest
-from wattier_gnn.neighbors import find_edges
-from wattier_gnn.sample import SAMPLE_SOURCES, sample_path
-from wattier_gnn.store import Store
+if TYPE_CHECKING:  # the processes of an ingestion import this file too, and need no torch
+    from wattier_gnn.store import Store
 
-SEED, HARTREE_EV = 0, 27.211386245988
+SEED = 0
 SETTINGS = {
     "max_force_ev_per_angstrom": 100.0, "on_bad": "skip", "split": {"train": 0.8, "val": 0.1, "test": 0.1}, "seed": 1,
 }  # fmt: skip
@@ -41,7 +36,9 @@ def main() -> None:
     parser.add_argument("--structures", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    from wattier_gnn.ingest import ingest
+    from wattier_gnn.sample import SAMPLE_SOURCES, sample_path
+
     print(
         f"python {platform.python_version()}, numpy {np.__version__}, {psutil.cpu_count()} cores, {platform.machine()}"
     )
@@ -61,6 +58,8 @@ def main() -> None:
 
 def ingestion(folder: Path, n_structures: int, workers: int | None) -> None:
     """Generated molecules in the layout of ANI-1x, eight files: peak memory of all processes, structures a second."""
+    from wattier_gnn.ingest import ingest
+
     source = folder / "ani1x"
     source.mkdir()
     generate(source, n_structures, n_files=8)
@@ -130,6 +129,10 @@ def largest_mib() -> float:
 
 def neighbors(store: Store) -> None:
     """Our neighbour lists (vesin's, sorted, in our layout) against ASE's, on crystals and slabs of the sample."""
+    from ase import Atoms
+    from ase.neighborlist import neighbor_list
+
+    from wattier_gnn.neighbors import find_edges
     from wattier_gnn.structure import Structure
 
     rng = np.random.default_rng(SEED)
@@ -161,6 +164,8 @@ def neighbors(store: Store) -> None:
 
 def reads(store: Store, path: Path) -> None:
     """Random structures from the memory map, and from an LMDB of pickled records of the same arrays."""
+    import lmdb
+
     rng = np.random.default_rng(SEED)
     with lmdb.open(str(path), subdir=False, map_size=1 << 32) as environment, environment.begin(write=True) as records:
         for k in range(len(store)):

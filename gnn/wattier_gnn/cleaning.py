@@ -18,6 +18,8 @@ HEAVIEST_ELEMENT = 118
 MAX_POSITION_ANGSTROM = 1e6
 # Lattice vectors this close to lying in a plane hold no atoms, and a cutoff spans a hundred of their images.
 MIN_CELL_ANGSTROM = 0.1
+# Diamond has 0.18; a cell in the wrong unit would have so many edges that memory ends.
+MAX_ATOMS_PER_CUBIC_ANGSTROM = 5.0
 UNREADABLE = "unreadable record"
 MAX_MESSAGES = 20  # kept of the bad records of a source; all are counted
 
@@ -55,13 +57,15 @@ def _geometry_reason(structure: Structure) -> str | None:
         return "nan position"
     if np.abs(positions).max() > MAX_POSITION_ANGSTROM:
         return "position out of range"
-    if any(structure.pbc) and (cell is None or _thickness(cell[list(structure.pbc)]) < MIN_CELL_ANGSTROM):
-        return "cell without volume"
+    if any(structure.pbc):
+        if cell is None:
+            return "cell without volume"
+        lengths = np.linalg.svd(cell[list(structure.pbc)], compute_uv=False)  # of the box that the vectors span
+        if lengths[-1] < MIN_CELL_ANGSTROM:
+            return "cell without volume"
+        if all(structure.pbc) and len(positions) / lengths.prod() > MAX_ATOMS_PER_CUBIC_ANGSTROM:
+            return "impossible density"
     return None
-
-
-def _thickness(vectors: Any) -> float:
-    return float(np.linalg.svd(vectors, compute_uv=False)[-1])
 
 
 def _force_norm(forces: Any, force_norm: ForceNorm) -> float:

@@ -70,7 +70,7 @@ def ingest(  # noqa: PLR0913  (the whole recipe of a store)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         before = _what_is_there(folder, settings)
-        known = {(f["source"], f["path"], f["bytes"], f["modified_ns"]) for f in _files_of(before)}
+        known = {(f["source"], f.get("path"), f["bytes"], f.get("modified_ns")) for f in _files_of(before)}
         shards = [s for s in found if (s.source, str(s.path), s.n_bytes, s.modified_ns) not in known]
         staging = folder / STAGING
         if shards:
@@ -96,9 +96,9 @@ def _what_is_there(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     manifest = read_manifest(folder)
     for name, value in settings.items():
-        if manifest["settings"][name] != value:
+        if (there := manifest["settings"].get(name)) != value:
             raise DataError(
-                f"{folder}: was made with {name} {manifest['settings'][name]}, but must be added to with the same, "
+                f"{folder}: was made with {name} {there}, but must be added to with the same, "
                 f"and {value} was given. Change the setting, or name another folder."
             )
     return manifest
@@ -197,7 +197,7 @@ def _take_stock(
     staging: Path, shards: Sequence[Shard], files: list[dict[str, Any]], report: CleaningReport
 ) -> tuple[list[dict[str, Any]], list[Shard]]:
     """All files for the manifest, and those to merge: a file that is there twice is taken once. Adds to `report`."""
-    first = {(file["source"], file["sha256"]): file["path"] for file in files if "duplicate_of" not in file}
+    first = {(file["source"], file["sha256"]): file for file in files if "duplicate_of" not in file}
     plan = []
     for shard in shards:
         record = json.loads((staging / shard.id / DONE).read_text())
@@ -209,14 +209,14 @@ def _take_stock(
             "modified_ns": shard.modified_ns,
             "sha256": record["sha256"],
         }
-        twin = first.setdefault((shard.source, record["sha256"]), str(shard.path))
-        if twin == str(shard.path):
+        twin = first.setdefault((shard.source, record["sha256"]), file)
+        if twin is file:
             counts = CleaningReport.from_dict(record["report"])
             report.add(counts)
             file |= {"read": counts.read[shard.source], "kept": counts.kept[shard.source]}
             plan.append(shard)
         else:
-            file |= {"read": 0, "kept": 0, "duplicate_of": twin}
+            file |= {"read": 0, "kept": 0, "duplicate_of": twin["name"]}
         files.append(file)
     return files, plan
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-import vesin
 
 from wattier_gnn.structure import DataError, Structure
+
+# vesin imports torch where it can, for tensors that we do not give it. A process that only reads files would pay for
+# that with a second of start-up and 150 MB.
+if "torch" in sys.modules:
+    import vesin
+else:
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        import vesin
+    finally:
+        del sys.modules["torch"]
 
 MAX_SHIFT = np.iinfo(np.int16).max
 

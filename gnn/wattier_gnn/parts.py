@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -74,19 +74,6 @@ class Shard:
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """What became of a file; counts of its cleaning are in `report`."""
-
-    source: str
-    path: str
-    n_bytes: int
-    modified_ns: int
-    sha256: str
-    parts: int
-    report: dict[str, Any]
-
-
 class Part(NamedTuple):
     """A finished part: `read_through` items of the reader are behind it, `report` counts those of this part."""
 
@@ -124,10 +111,9 @@ def convert(shard: Shard, recipe: Recipe, on_bad: OnBad, folder: Path, told: Cal
         n_parts += 1
         if told is not None:
             told()
-    record = ShardRecord(
-        shard.source, str(shard.path), shard.n_bytes, shard.modified_ns, sha256, n_parts, report.to_dict()
-    )
-    write_text(place / DONE, json.dumps(asdict(record)))
+    if Shard.of(shard.source, shard.path) != shard:
+        raise DataError(f"{shard.path}: changed while it was read, but must stay as it is. Run the same command again.")
+    write_text(place / DONE, json.dumps({"sha256": sha256, "parts": n_parts, "report": report.to_dict()}))
 
 
 def finished_parts(place: Path) -> list[Part]:
@@ -218,7 +204,7 @@ def _write_part(path: Path, block: _Block, recipe: Recipe) -> None:
     tensors["atoms"] = pack_atoms(arrays).view(np.uint8)
     tensors["edges"] = pack_edges(arrays).view(np.uint8)[: None if recipe.neighbors == "precomputed" else 0]
     tensors["keys"], tensors["key_offset"] = pack_texts([s.key for s in block.structures])
-    groups = sorted({s.group for s in block.structures})
+    groups = list(dict.fromkeys(s.group for s in block.structures))  # as they come: parts of any size number them alike
     row = {name: k for k, name in enumerate(groups)}
     tensors["group"] = np.array([row[s.group] for s in block.structures], dtype=np.int32)
     tensors["group_names"], tensors["group_offset"] = pack_texts(groups)

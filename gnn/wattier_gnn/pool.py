@@ -8,11 +8,13 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import NamedTuple
 
 from wattier_gnn.parts import OnBad, Recipe, Shard, convert
+from wattier_gnn.structure import DataError
 
 POLL_SECONDS = 0.5
 BYTES_WORTH_A_PROCESS = 8 << 20  # of input: a process takes seconds to start
@@ -55,6 +57,11 @@ def convert_all(  # noqa: PLR0913  (most are keywords)
         try:
             jobs = {pool.submit(convert, shard, recipe, on_bad, staging): shard for shard in shards}
             _follow(jobs, watcher)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "A process that read files was killed, probably for want of memory, but all must live. Run the same "
+                "command with fewer processes (--workers); what is finished is kept."
+            ) from error
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

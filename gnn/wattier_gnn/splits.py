@@ -18,7 +18,8 @@ def deal_groups(  # noqa: PLR0913  (most are keywords)
     """One of 0 (train), 1 (val), 2 (test) for each group of one source: int8 [G].
 
     Groups are shuffled, then dealt out until every split has its share of structures. A group that holds an element not
-    yet in training goes to training: a composition baseline for an element never seen would be a guess.
+    yet in training goes to training: a composition baseline for an element never seen would be a guess. So does a group
+    larger than a whole share, unless val or test would stay empty.
 
     Args:
         names: of the groups; the shuffle depends on them and on the seed, not on their order here.
@@ -46,10 +47,13 @@ def deal_groups(  # noqa: PLR0913  (most are keywords)
         else:
             rest.append(group)
     for group in rest:
-        part = next((part for part in (TEST, VAL) if filled[part] < held_out[part]), TRAIN)
-        split[group] = part
+        room = (part for part in (TEST, VAL) if filled[part] < held_out[part] and sizes[group] <= held_out[part])
+        split[group] = part = next(room, TRAIN)
         if part != TRAIN:
             filled[part] += int(sizes[group])
+    spare = sorted((group for group in rest if split[group] == TRAIN), key=lambda group: int(sizes[group]))
+    for part, group in zip((part for part in (TEST, VAL) if filled[part] == 0), spare, strict=False):
+        split[group] = part
     return split
 
 

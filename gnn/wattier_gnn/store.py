@@ -52,6 +52,8 @@ class Store:
         references: float64 [S, 119] eV.
     """
 
+    is_collective = False  # whether all ranks must ask for their batches together
+
     def __init__(self, folder: Path) -> None:
         """Raises DataError where the folder is missing, not finished, of another version, or truncated."""
         self.folder = folder

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wattier.data_cli import data_app
+from wattier.data_cli import EXIT_INTERRUPTED, data_app
 
 if TYPE_CHECKING:
     from wattier.config import RunConfig
     from wattier.console import RunConsole
     from wattier.rundir import RunDir
 
-EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -161,3 +161,27 @@ def stats(
 
         write_stats_page(info, html)
         typer.echo(f"Figures: {html}", err=as_json)
+
+
+@data_app.command()
+def export(
+    store: Folder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    form: Annotated[str, typer.Option("--format", help="store, which opens as one, or extxyz.")] = "store",
+) -> None:
+    """Write a store as a data release: self-contained, with a card and the sha256 of every file."""
+    from wattier.errors import UserError
+    from wattier_gnn.export import export_store
+    from wattier_gnn.store import Store
+
+    if form not in ("store", "extxyz"):
+        raise UserError(f"--format: is {form!r}, but must be store or extxyz. Give one of them.")
+    export_store(Store(store), out, "store" if form == "store" else "extxyz", typer.echo)
+
+
+@data_app.command()
+def verify(store: Folder) -> None:
+    """Check every file of a release against its sha256, or of a store against its size."""
+    from wattier_gnn.export import verify as check
+
+    typer.echo(check(store))

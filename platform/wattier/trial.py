@@ -36,6 +36,7 @@ from wattier_gnn.model import FoundationModel, ModelConfig, build_model, count_p
 from wattier_gnn.sampling import choose_subset
 from wattier_gnn.sharding import optimizer_state
 from wattier_gnn.splits import TRAIN, VAL
+from wattier_gnn.spread import SpreadStore
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
 from wattier_gnn.train import EpochReport, TrainConfig, Trainer, TrainState
@@ -238,7 +239,9 @@ def _trainer(context: TrialContext, device: torch.device) -> Trainer:
     """The trainer of this rank: same data, same initial weights on every rank."""
     spec, config = context.spec, context.config
     torch.set_num_threads(config.resources.cpus_per_rank)
-    store = Store(RunDir(Path(spec.run_dir)).store_path)
+    path, world = RunDir(Path(spec.run_dir)).store_path, context.world
+    spread = config.data.placement == "spread" and world.size > 1
+    store = SpreadStore(path, world) if spread else Store(path)
     model_section, training = settings_of(config, spec.proposal.params)
     model = build_model(model_config(store, model_section), spec.seed)
     if spec.warm_start_from is not None:

@@ -12,7 +12,7 @@ import pytest
 
 from wattier_gnn.cleaning import CleaningReport, read_clean, removal_reason
 from wattier_gnn.datasets import Reader
-from wattier_gnn.structure import DataError, ShardError, Structure
+from wattier_gnn.structure import BadRecord, DataError, ShardError, Structure
 
 GOOD = Structure(
     numbers=np.array([1, 118], dtype=np.int64),
@@ -41,6 +41,11 @@ def test_a_good_structure_stays() -> None:
         (replace(GOOD, forces_ev_per_angstrom=np.full((2, 3), NAN)), "nan label"),
         (replace(GOOD, positions_angstrom=np.full((2, 3), NAN)), "nan position"),
         (replace(GOOD, cell_angstrom=np.full((3, 3), NAN)), "nan position"),
+        (replace(GOOD, positions_angstrom=np.array([[0, 0, 0], [0, -2e6, 0]])), "position out of range"),
+        (replace(GOOD, cell_angstrom=None), "cell without volume"),
+        (replace(GOOD, cell_angstrom=np.diag([0.5, 0.5, 1.5])), "impossible density"),
+        (replace(GOOD, cell_angstrom=np.ones((3, 3))), "cell without volume"),
+        (replace(GOOD, cell_angstrom=np.diag([4, 4, 0.01])), "cell without volume"),
         (replace(GOOD, numbers=np.array([0, 1], dtype=np.int64)), "unknown element"),
         (replace(GOOD, numbers=np.array([1, 119], dtype=np.int64)), "unknown element"),
         (
@@ -67,6 +72,20 @@ def test_the_force_rule_is_per_atom_and_includes_the_threshold() -> None:
     assert removal_reason(with_forces((99, 0, 0), (99, 0, 0)), 50.0) == "force above threshold"
 
 
+def test_the_frobenius_rule_takes_all_atoms_together() -> None:
+    forces = np.array([[99.0, 0, 0], [14.2, 0, 0]])  # the norm over all atoms is 100.01
+    structure = replace(GOOD, forces_ev_per_angstrom=forces)
+    assert removal_reason(structure, 100.0, "per_atom") is None
+    assert removal_reason(structure, 100.0, "frobenius") == "force above threshold"
+    assert removal_reason(structure, 100.1, "frobenius") is None
+
+
+def test_an_open_axis_needs_no_lattice_vector() -> None:
+    slab = replace(GOOD, cell_angstrom=np.diag([3.0, 3.0, 0.0]), pbc=(True, True, False))
+    assert removal_reason(slab, 100.0) is None
+    assert removal_reason(replace(GOOD, cell_angstrom=None, pbc=(False, False, False)), 100.0) is None
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -87,8 +106,8 @@ def test_a_data_error_is_one_line() -> None:
     assert str(DataError("a:\n  is b,\n  but must be c")) == "a: is b, but must be c"
 
 
-def toy_reader(structures_before_damage: list[Structure]) -> Reader:
-    def read(path: Path) -> Iterator[Structure]:
+def toy_reader(structures_before_damage: list[Structure | BadRecord]) -> Reader:
+    def read(path: Path) -> Iterator[Structure | BadRecord]:
         yield from structures_before_damage
         if path.name == "bad":
             raise ShardError(f"{path}: is bad")
@@ -98,13 +117,14 @@ def toy_reader(structures_before_damage: list[Structure]) -> Reader:
 
 def test_everything_read_is_counted() -> None:
     report = CleaningReport()
-    structures = [GOOD, replace(GOOD, energy_ev=NAN), replace(GOOD, energy_ev=-2.0)]
+    structures = [GOOD, replace(GOOD, energy_ev=NAN), BadRecord("record 2 is bad"), replace(GOOD, energy_ev=-2.0)]
     kept = list(read_clean(toy_reader(structures), Path("/p"), 100.0, report))
     assert [structure.energy_ev for structure in kept] == [-1.0, -2.0, -1.0, -2.0]
-    assert report.read == {"toy": 6}
+    assert report.read == {"toy": 8}
     assert report.kept == {"toy": 4}
-    assert report.removed == {"toy": {"nan label": 2}}
+    assert report.removed == {"toy": {"nan label": 2, "unreadable record": 2}}
     assert report.bad_shards == {"toy": ["/p/bad: is bad"]}
+    assert report.bad_records == {"toy": ["record 2 is bad"] * 2}
 
 
 def test_a_report_survives_json() -> None:
@@ -112,5 +132,22 @@ def test_a_report_survives_json() -> None:
     report.count("a", None)
     report.count("a", "no atoms")
     report.count_bad_shard("b", "b/1: is bad")
+    report.count_bad_record("b", "b/2: record 3 is bad")
     assert CleaningReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     assert CleaningReport.from_dict(CleaningReport().to_dict()) == CleaningReport()
+
+
+def test_reports_add_up() -> None:
+    one, two = CleaningReport(), CleaningReport()
+    for report in (one, two):
+        report.count("a", None)
+        report.count("a", "no atoms")
+        for k in range(15):
+            report.count_bad_record("a", f"bad {k}")
+        report.count_bad_shard("a", "a/1: is bad")
+    one.add(two)
+    assert one.read == {"a": 34}
+    assert one.kept == {"a": 2}
+    assert one.removed == {"a": {"no atoms": 2, "unreadable record": 30}}
+    assert one.bad_shards == {"a": ["a/1: is bad"] * 2}
+    assert one.bad_records["a"] == [f"bad {k}" for k in [*range(15), *range(5)]]

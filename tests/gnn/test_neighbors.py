@@ -18,7 +18,7 @@ from wattier_gnn.neighbors import find_edges
 from wattier_gnn.structure import DataError, Structure
 
 CUTOFF = 4.0
-REACH = 8  # images each way that the brute force tries
+REACH = 8  # images each way that the brute force tries, where it is not told
 
 
 def edge_set(structure: Structure, cutoff: float = CUTOFF) -> set[tuple[int, ...]]:
@@ -29,17 +29,14 @@ def edge_set(structure: Structure, cutoff: float = CUTOFF) -> set[tuple[int, ...
     return rows
 
 
-def brute_force(structure: Structure, cutoff: float = CUTOFF) -> set[tuple[int, ...]]:
+def brute_force(structure: Structure, cutoff: float = CUTOFF, reach: int = REACH) -> set[tuple[int, ...]]:
     """All (i, j, shift) by trying every image."""
     cell = structure.cell_angstrom if structure.cell_angstrom is not None else np.zeros((3, 3))
     positions = structure.positions_angstrom
-    found = set()
-    for shift in itertools.product(*(range(-REACH, REACH + 1) if p else (0,) for p in structure.pbc)):
-        vectors = positions[None] + np.array(shift) @ cell - positions[:, None]
-        for i, j in np.argwhere(np.linalg.norm(vectors, axis=2) < cutoff).tolist():
-            if i != j or any(shift):
-                found.add((i, j, *shift))
-    return found
+    shifts = np.array(list(itertools.product(*(range(-reach, reach + 1) if p else (0,) for p in structure.pbc))))
+    vectors = positions[None, None] + (shifts @ cell)[:, None, None] - positions[None, :, None]
+    near = np.argwhere(np.linalg.norm(vectors, axis=-1) < cutoff).tolist()
+    return {(i, j, *shifts[k].tolist()) for k, i, j in near if i != j or shifts[k].any()}
 
 
 def by_ase(structure: Structure, cutoff: float = CUTOFF) -> set[tuple[int, ...]]:
@@ -110,6 +107,51 @@ def test_a_periodic_structure_without_volume_is_refused(tools: Any, cell: Any) -
     flat = tools.structure([1], [[0, 0, 0]], cell_angstrom=cell, pbc=(True, True, True))
     with pytest.raises(DataError, match=r"a k: .*volume"):
         find_edges(flat, CUTOFF)
+
+
+KINDS = ("small", "one atom", "slab", "skewed")
+
+
+def random_cell(number: int) -> Structure:
+    """A cell of one of four kinds; atoms may lie outside of it."""
+    rng, kind = np.random.default_rng(number), KINDS[number % len(KINDS)]
+    low, high, n_atoms = {"small": (1.8, 3.5, 3), "one atom": (1.6, 4.2, 1), "slab": (2.2, 5.0, 4)}.get(
+        kind, (2.5, 6.0, 3)
+    )
+    cell = np.diag(rng.uniform(low, high, 3)) + np.triu(rng.uniform(-0.4, 0.4, (3, 3)), 1)
+    if kind == "skewed":
+        cell[1, 0], cell[2, :2] = rng.uniform(-1, 1) * cell[0, 0], rng.uniform(-1, 1, 2) * cell[0, 0]
+    cell = cell @ np.linalg.qr(rng.normal(size=(3, 3)))[0]  # turned, so that no vector lies along an axis
+    pbc = (True, True, kind != "slab")
+    return Structure(
+        numbers=rng.integers(1, 90, n_atoms),
+        positions_angstrom=rng.uniform(-0.3, 1.3, (n_atoms, 3)) @ cell,
+        cell_angstrom=cell,
+        pbc=pbc,
+        energy_ev=0.0,
+        forces_ev_per_angstrom=None,
+        source="a",
+        group="g",
+        key=str(number),
+    )
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
+def test_two_hundred_random_cells(kind: int) -> None:
+    """Fifty of each kind, by a supercell that is large enough: heights of a cell say how many images a cutoff spans."""
+    n_edges = 0
+    for number in range(kind, 200, len(KINDS)):
+        structure = random_cell(number)
+        cell = structure.cell_angstrom
+        assert cell is not None
+        heights = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+        spread = np.ptp(structure.positions_angstrom @ np.linalg.inv(cell), axis=0).max()
+        found = edge_set(structure)
+        assert found == brute_force(structure, reach=int(np.ceil(CUTOFF / heights.min() + spread)))
+        n_edges += len(found)
+        if KINDS[kind] == "small":
+            assert heights.min() < CUTOFF
+    assert n_edges > 400
 
 
 @settings(max_examples=60, deadline=None)

@@ -35,6 +35,7 @@ VERBS = [
     "train",
 ]
 CONFIG_VERBS = ["params", "schema", "show"]
+DATA_VERBS = ["export", "ingest", "verify"]
 HEAVY = ["torch", "ray", "optuna", "pydantic", "numpy", "h5py", "ase", "plotly"]
 
 
@@ -115,10 +116,12 @@ def config(tmp_path):
 
 
 def in_run(tmp_path):
-    """Files of the run directory, without the config, the lock and the energy journals that a refusal may leave."""
+    """Files of the run directory, without the config, the locks, the energy journals and the finished parts of an
+    ingestion that a refusal may leave."""
     run = tmp_path / "run"
     files = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
-    return {f for f in files if f not in {"config.yaml", "lock"} and not f.startswith("phases/")}
+    kept = ("phases/", "data/store/.ingest/")
+    return {f for f in files if f not in {"config.yaml", "lock", "data/store/.lock"} and not f.startswith(kept)}
 
 
 class TestHelp:
@@ -137,6 +140,7 @@ class TestHelp:
 
     def test_verbs_are_frozen(self):
         from wattier.cli import app, config_app
+        from wattier.data_cli import data_app
 
         def names(group):
             commands = [c.name or c.callback.__name__.replace("_", "-") for c in group.registered_commands]
@@ -144,8 +148,13 @@ class TestHelp:
 
         assert names(app) == VERBS
         assert names(config_app) == CONFIG_VERBS
+        assert names(data_app) == DATA_VERBS
 
-    @pytest.mark.parametrize("verb", [[v] for v in VERBS] + [["config", v] for v in CONFIG_VERBS], ids=" ".join)
+    @pytest.mark.parametrize(
+        "verb",
+        [[v] for v in VERBS] + [["config", v] for v in CONFIG_VERBS] + [["data", v] for v in DATA_VERBS],
+        ids=" ".join,
+    )
     def test_every_verb_explains_itself(self, verb):
         from typer.testing import CliRunner
 
