@@ -35,7 +35,7 @@ VERBS = [
     "train",
 ]
 CONFIG_VERBS = ["params", "schema", "show"]
-DATA_VERBS = ["export", "ingest", "verify"]
+DATA_VERBS = ["export", "fetch", "ingest", "stats", "verify"]
 HEAVY = ["torch", "ray", "optuna", "pydantic", "numpy", "h5py", "ase", "plotly"]
 
 
