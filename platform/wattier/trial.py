@@ -40,7 +40,7 @@ from wattier_gnn.spread import SpreadStore
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
 from wattier_gnn.train import EpochReport, TrainConfig, Trainer, TrainState
-from wattier_telemetry import TrialRegistration, bill
+from wattier_telemetry import EnergyMeter, EnergyReport, TrialRegistration, bill
 from wattier_telemetry.source import PowerSource
 
 ORPHAN_WAIT_SECONDS = 30
@@ -122,10 +122,10 @@ def run_trial(context: TrialContext) -> TrialResult | None:
         device = _device(context)
         stack.enter_context(process_group(context.world, device, exclusive_device=context.gpus >= 1))
         registration = stack.enter_context(_registered(context, source))
-        trainer = _trainer(context, device)
+        trainer = _trainer(context, device, lambda: _bill_so_far(context, meter))
         stopped_by: BaseException | None = None
         try:
-            state = trainer.run(lambda report: _on_epoch(context, report, registration))
+            state = trainer.run(lambda report: _on_epoch(context, report, registration, _bill_so_far(context, meter)))
         except SystemExit as stop:  # how Ray Tune tells a function that its scheduler stopped it
             state, stopped_by = trainer.state, stop
             state.ended = state.ended or "stopped"
@@ -235,7 +235,13 @@ def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
     ).flagged(config.telemetry.throttled_share)
 
 
-def _trainer(context: TrialContext, device: torch.device) -> Trainer:
+def _bill_so_far(context: TrialContext, meter: EnergyMeter) -> EnergyReport:
+    """The trial's energy over all ranks and attempts; this rank's is read anew, the others' are as of a moment ago."""
+    meter.so_far()
+    return bill(context.folder)
+
+
+def _trainer(context: TrialContext, device: torch.device, bill_so_far: Callable[[], EnergyReport]) -> Trainer:
     """The trainer of this rank: same data, same initial weights on every rank."""
     spec, config = context.spec, context.config
     torch.set_num_threads(config.resources.cpus_per_rank)
@@ -263,13 +269,12 @@ def _trainer(context: TrialContext, device: torch.device) -> Trainer:
         folder=context.folder,
         device=device,
         world=context.world,
-        before_save=lambda state: state.extra.update(energy_joules=bill(context.folder).joules),
+        before_save=lambda state: state.extra.update(energy_joules=bill_so_far().joules),
     )
 
 
-def _on_epoch(context: TrialContext, report: EpochReport, registration: dict[str, Any]) -> bool:
+def _on_epoch(context: TrialContext, report: EpochReport, registration: dict[str, Any], energy: EnergyReport) -> bool:
     """Rank 0: one line of ``epochs.jsonl`` with joules so far, a word to the node's exporter, then ask to go on."""
-    energy = bill(context.folder)
     record = EpochRecord(**report.to_dict(), energy_joules=energy.joules, time_seconds=time.time())
     append_json_line(context.folder / "epochs.jsonl", record.to_dict())
     registration |= {
