@@ -39,10 +39,8 @@ def spread_over_ranks(model: FoundationModel, world: World, device: torch.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     mesh = init_device_mesh(device.type, (world.size,))
-    for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):
-            for layer in module:
-                fully_shard(layer, mesh=mesh)
+    for layer in model.encoder.layers:
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from wattier.config import ModelSection, RunConfig, TrainingSection
+from wattier.config import ChoiceParameter, ModelSection, RunConfig, TrainingSection
 from wattier.metering import metered
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
 from wattier.rundir import (
@@ -165,6 +165,8 @@ def warm_up(context: TrialContext) -> None:
     ):
         torch.set_num_threads(context.config.resources.cpus_per_rank)
         store = Store(run.store_path)
+        for family in _families(context.config):  # torch_geometric takes seconds to import
+            build_model(model_config(store, ModelSection(family=family, hidden_dim=8, n_layers=1, head_dim=8)), 0)
         model = build_model(model_config(store, ModelSection(hidden_dim=8, n_layers=2, head_dim=8)), 0).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         prediction = model.train()(store.batch(store.indices(TRAIN)[:2]).to(device))
@@ -181,6 +183,12 @@ def settings_of(config: RunConfig, params: Params) -> tuple[ModelSection, Traini
         ModelSection.model_validate({**config.model.model_dump(), **model}),
         TrainingSection.model_validate({**config.training.model_dump(), **training}),
     )
+
+
+def _families(config: RunConfig) -> list[Any]:
+    """Families that a trial of this run may be of."""
+    searched = config.search.space.get("family")
+    return list(searched.choices) if isinstance(searched, ChoiceParameter) else [config.model.family]
 
 
 def model_config(store: Store, section: ModelSection) -> ModelConfig:

@@ -83,6 +83,26 @@ def test_less_memory_changes_no_number(forces: str, changes: dict[str, Any], too
     assert_same(step(frugal, batch), step(lavish, batch), 1e-10)
 
 
+@pytest.mark.parametrize("forces", ["conservative", "vector"])
+@pytest.mark.parametrize("changes", [{"activation_checkpointing": True}, {"edge_chunk": 40}], ids=["layers", "chunks"])
+def test_less_is_kept_for_the_backward_pass(forces: str, changes: dict[str, Any], tools: Any) -> None:
+    def kept_bytes(model: Any) -> int:
+        kept: dict[int, Any] = {}  # a tensor kept twice takes its memory once
+
+        def note(tensor: Any) -> Any:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            prediction = model.train()(batch_of(tools, torch.float64))
+        assert prediction.forces.requires_grad
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+    lavish = kept_bytes(tools.model(forces=forces, hidden_dim=48))
+    assert kept_bytes(tools.model(forces=forces, hidden_dim=48, **changes)) < 0.6 * lavish
+
+
 @pytest.mark.parametrize("family", ["egnn", "schnet", "pna"])
 @pytest.mark.parametrize("forces", ["conservative", "vector", "direct"])
 def test_bfloat16_rounds_linear_layers_and_nothing_else(family: str, forces: str, tools: Any) -> None:

@@ -123,6 +123,7 @@ def test_oc22(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_back("oc22", tmp_path, expected, atol=1e-5)
     keys = [structure.key for structure in READERS["oc22"].read(tmp_path / "data.0000.lmdb")]
     assert keys == [structure.key for structure in expected]  # 2 before 10
+    assert sys.modules["torch_geometric"] is None  # and leaves no stub behind
 
 
 def pickle_shape(path: Path) -> list[str]:
