@@ -51,7 +51,7 @@ def main() -> None:
         if options.what in (None, "neighbors"):
             neighbors(store)
         if options.what in (None, "reads"):
-            reads(store, Path(folder) / "records.lmdb")
+            reads(store, Path(folder))
         if options.what in (None, "ingest"):
             ingestion(Path(folder), options.structures, options.workers)
 
@@ -162,30 +162,41 @@ def neighbors(store: Store) -> None:
     )
 
 
-def reads(store: Store, path: Path) -> None:
-    """Random structures from the memory map, and from an LMDB of pickled records of the same arrays."""
+def reads(store: Store, folder: Path) -> None:
+    """Random structures from the memory map, and from LMDBs of pickled records of the same arrays, or tensors."""
+    import torch
+
+    arrays = read_from(folder / "arrays.lmdb", [pickle.dumps(store.gather([k])) for k in range(len(store))])
+    tensors = read_from(
+        folder / "tensors.lmdb",
+        [pickle.dumps({k: torch.from_numpy(v) for k, v in store.gather([n]).items()}) for n in range(len(store))],
+    )
+    rng = np.random.default_rng(SEED)
+    for size in (1, 32):
+        draws = [rng.integers(0, len(store), size) for _ in range(100)]
+        compare(
+            f"100 random reads of {size}",
+            ("LMDB of pickled tensors", lambda draws=draws: [tensors(d) for d in draws]),
+            ("LMDB of pickled arrays", lambda draws=draws: [arrays(d) for d in draws]),
+            ("store", lambda draws=draws: [store.gather(d) for d in draws]),
+            repeats=9,
+        )
+    compare("100 batches of 32", ("store", lambda: [store.batch(d) for d in draws]), repeats=9)
+
+
+def read_from(path: Path, records: list[bytes]) -> Callable[[np.ndarray], object]:
+    """Reads some records of an LMDB that is made of them."""
     import lmdb
 
-    rng = np.random.default_rng(SEED)
-    with lmdb.open(str(path), subdir=False, map_size=1 << 32) as environment, environment.begin(write=True) as records:
-        for k in range(len(store)):
-            records.put(str(k).encode(), pickle.dumps(store.gather([k])))
-    environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False)
-    transaction = environment.begin()
-    for size in (1, 32):
-        draws = [rng.integers(0, len(store), size) for _ in range(200)]
-        compare(
-            f"200 random reads of {size}",
-            ("LMDB", lambda draws=draws: [[pickle.loads(transaction.get(str(k).encode())) for k in d] for d in draws]),
-            ("store", lambda draws=draws: [store.gather(d) for d in draws]),
-            repeats=15,
-        )
-    draws = [rng.integers(0, len(store), 32) for _ in range(200)]
-    compare("200 batches of 32", ("store", lambda: [store.batch(d) for d in draws]), repeats=5)
+    with lmdb.open(str(path), subdir=False, map_size=1 << 32) as environment, environment.begin(write=True) as write:
+        for k, record in enumerate(records):
+            write.put(str(k).encode(), record)
+    transaction = lmdb.open(str(path), subdir=False, readonly=True, lock=False).begin()
+    return lambda indices: [pickle.loads(transaction.get(str(k).encode())) for k in indices]
 
 
 def compare(what: str, *sides: tuple[str, Callable[[], object]], repeats: int) -> None:
-    """Median seconds of each side, taken in turns, and what the last is worth against the first."""
+    """Median seconds of each side, taken in turns, and what the last is worth against each."""
     seconds: dict[str, list[float]] = {name: [] for name, _ in sides}
     for _ in range(repeats):
         for name, run in sides:
@@ -193,8 +204,8 @@ def compare(what: str, *sides: tuple[str, Callable[[], object]], repeats: int) -
             run()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = f", {medians[sides[0][0]] / medians[sides[-1][0]]:.1f} times" if len(sides) > 1 else ""
-    print(f"{what}: " + ", ".join(f"{name} {1e3 * m:.1f} ms" for name, m in medians.items()) + ratio)
+    last = medians[sides[-1][0]]
+    print(f"{what}: " + ", ".join(f"{name} {1e3 * m:.1f} ms ({m / last:.1f} times)" for name, m in medians.items()))
 
 
 if __name__ == "__main__":

@@ -69,19 +69,6 @@ class DataSection(Section):
         return self
 
 
-def data_section(base: DataSection | None, options: dict[str, Any]) -> DataSection:
-    """A data section with some options of a command put in.
-
-    Raises:
-        UserError: a wrong value; the first one, in one line.
-    """
-    values = base.model_dump() if base is not None else {}
-    try:
-        return DataSection.model_validate({**values, **options})
-    except ValidationError as error:
-        raise UserError(explain(Path("options"), DataSection, error)) from error
-
-
 class ModelSection(Section):
     """The network; a key that is also in `search.space` takes its value from the trial.
 
@@ -372,8 +359,12 @@ def load_sizes(path: Path) -> SizesConfig:
 
 
 def _load(path: Path, kind: type[SectionT]) -> SectionT:
-    data = read_yaml(path)
+    return checked(kind, read_yaml(path), path)
+
+
+def checked(kind: type[SectionT], values: Any, where: Path) -> SectionT:
+    """A section of some values; errors as in `load_config`, which name `where` they are from."""
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(path, kind, error)) from error
+        raise UserError(explain(where, kind, error)) from error

@@ -42,10 +42,10 @@ def ingest(  # noqa: PLR0913, PLR0917  (one parameter an option)
     Memory is bounded whatever the size of the input. Kill it, and the same command goes on; run it again, and it does
     nothing; give more files or sources, and they are added.
     """
-    from wattier.config import data_section, load_config
+    from wattier.config import DataSection, checked, load_config
     from wattier.console import IngestConsole
     from wattier.errors import UserError
-    from wattier.run import recipe_of, source_paths
+    from wattier.prepare import recipe_of, source_paths
     from wattier_gnn.ingest import ingest as ingest_into
 
     given = load_config(config) if config else None
@@ -57,7 +57,9 @@ def ingest(  # noqa: PLR0913, PLR0917  (one parameter an option)
         "sources": _sources(source) if source else None,
         "on_bad": "skip" if skip_bad else None,
     }
-    data = data_section(given.data if given else None, {k: v for k, v in options.items() if v is not None})
+    values = given.data.model_dump() if given else {}
+    values |= {name: value for name, value in options.items() if value is not None}
+    data = checked(DataSection, values, Path("options"))
     folder = out or (Path(data.store) if data.store else None)
     if folder is None:
         raise UserError("--out: is not given, but must name the store to make. Add --out FOLDER.")

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from wattier.config import DataSection, RunConfig, SourceName
+from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.evaluate import evaluate_run, member_summary
 from wattier.fulltrain import train_members, trained_members, untrained
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
 from wattier.metering import metered
+from wattier.prepare import prepare_data
 from wattier.records import Fidelity, Selection, TrialResult
 from wattier.release import export_release
 from wattier.report import write_report
-from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json, write_text
+from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.search import run_search
 from wattier.select import select_trials
 from wattier.trial import run_trial
 from wattier_gnn.ensemble import MANIFEST
-from wattier_gnn.files import sha256_of
-from wattier_gnn.ingest import ingest
 from wattier_gnn.pool import Progress
-from wattier_gnn.sample import sample_path
 from wattier_gnn.splits import TRAIN
 from wattier_gnn.store import Store
 
@@ -45,80 +42,6 @@ class Listener(Protocol):
 
     def trial(self, result: TrialResult, done: int, total: int) -> None:
         """A trial ended."""
-
-
-def prepare_data(run: RunDir, config: RunConfig, listener: Listener) -> Store:
-    """Read, clean, split and align the sources, unless that is done; or take the store that the config names."""
-    if config.data.store is not None:
-        return _shared_store(run, config.data)
-    if run.store_manifest_path.exists():
-        return Store(run.store_path)
-    listener.phase("data")
-    with metered(run.phase_folder("data"), "driver", config.telemetry, on_gpu=False):
-        return ingest(
-            source_paths(config.data.sources),
-            run.store_path,
-            **recipe_of(config.data, config.seed),
-            say=listener.say,
-            progress=listener.progress,
-        )
-
-
-def source_paths(sources: Mapping[SourceName, str]) -> dict[str, Path]:
-    """Where each source lies; `sample` stands for the corpus that ships with Wattier."""
-    return {name: sample_path(name) if path == "sample" else Path(path).expanduser() for name, path in sources.items()}
-
-
-def recipe_of(data: DataSection, seed: int) -> dict[str, Any]:
-    """What a store is made by, as `ingest` takes it."""
-    return {
-        "cutoff_angstrom": data.cutoff_angstrom,
-        "max_force_ev_per_angstrom": data.max_force_ev_per_angstrom,
-        "force_norm": data.force_norm,
-        "neighbors": data.neighbors,
-        "on_bad": data.on_bad,
-        "split": data.split.model_dump(),
-        "seed": seed,
-    }
-
-
-def _shared_store(run: RunDir, data: DataSection) -> Store:
-    """The store that several runs share, by a link in the run directory; its settings must be those of the config."""
-    path = Path(str(data.store)).expanduser().absolute()
-    store = Store(path)
-    there = {**store.meta["settings"], "sources": sorted(store.sources)}
-    recipe = recipe_of(data, 0)
-    due = {name: recipe[name] for name in ("cutoff_angstrom", "max_force_ev_per_angstrom", "force_norm", "split")}
-    if data.sources:
-        due["sources"] = sorted(data.sources)
-    for name, value in due.items():
-        if there[name] != value:
-            raise UserError(
-                f"data.{name}: is {value}, but the store {path} was made with {there[name]}, and they must agree. "
-                "Change the config, or make another store with `wattier data ingest`."
-            )
-    for name, about in store.meta["by_source"].items():
-        for part, n_structures in about["structures"].items():
-            if n_structures == 0:
-                raise UserError(
-                    f"{path}: the {part} split of {name} is empty, but a run needs all three. Make a store with more "
-                    "groups of it, or with a larger share in data.split."
-                )
-    link, seen = run.store_path, run.store_path.with_name("store.sha256")
-    manifest = sha256_of(path / "manifest.json")
-    if seen.exists() and seen.read_text() != manifest:
-        raise UserError(
-            f"{path}: was added to since {run.path} began, but a run must see one store from beginning to end. "
-            "Set another run_dir, or give the store that it was."
-        )
-    link = run.store_path
-    if link.is_symlink() and link.readlink() != path:
-        link.unlink()
-    if not link.is_symlink():
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path, target_is_directory=True)
-    write_text(seen, manifest)
-    return store
 
 
 def search(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener) -> None:
