@@ -61,24 +61,9 @@ def stats_info(folder: Path) -> StatsInfo:
     store = Store(folder)
     stats = Stats(store.sources)
     for start in range(0, len(store), CHUNK_STRUCTURES):
-        stats.add(_chunk(store, start, min(start + CHUNK_STRUCTURES, len(store))))
+        indices = np.arange(start, min(start + CHUNK_STRUCTURES, len(store)))
+        stats.add({**store.gather(indices, edges=False), "references": store.references})
     return StatsInfo(folder, float(store.meta["cutoff_angstrom"]), stats.of_sources(), read_cleaning(store))
-
-
-def _chunk(store: Store, start: int, stop: int) -> dict[str, Any]:
-    """The arrays of the structures from `start` to `stop`, edges only counted."""
-    raw: Any = store
-    if hasattr(raw, "gather"):
-        return {**raw.gather(np.arange(start, stop), edges=False), "references": store.references}
-    first, last = int(store.atom_offset[start]), int(store.atom_offset[stop])
-    atoms = {name: raw._arrays[name][first:last] for name in ("numbers", "forces", "force_mask")}
-    return atoms | {
-        "atom_offset": store.atom_offset[start : stop + 1] - first,
-        "edge_offset": store.edge_offset[start : stop + 1],
-        "energy": np.asarray(store.energy[start:stop]),
-        "source_index": store.source_index[start:stop],
-        "references": store.references,
-    }
 
 
 def stats_dict(info: StatsInfo) -> dict[str, Any]:

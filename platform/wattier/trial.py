@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from wattier.config import ChoiceParameter, ModelSection, RunConfig, TrainingSection
+from wattier.config import ModelSection, RunConfig, TrainingSection
+from wattier.config_space import ChoiceParameter
 from wattier.metering import metered
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
 from wattier.rundir import (
