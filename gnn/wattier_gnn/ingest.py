@@ -16,7 +16,7 @@ from typing import Any
 
 from wattier_gnn.cleaning import CleaningReport, ForceNorm
 from wattier_gnn.datasets import READERS
-from wattier_gnn.files import locked, write_text
+from wattier_gnn.files import locked, sha256_of, write_text
 from wattier_gnn.manifest import MANIFEST, describe, read_manifest
 from wattier_gnn.merge import MergePlan, begin, merge
 from wattier_gnn.parts import DONE, Neighbors, OnBad, Recipe, Shard
@@ -70,8 +70,7 @@ def ingest(  # noqa: PLR0913  (the whole recipe of a store)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         before = _what_is_there(folder, settings)
-        known = {(f["source"], f.get("path"), f["bytes"], f.get("modified_ns")) for f in _files_of(before)}
-        shards = [s for s in found if (s.source, str(s.path), s.n_bytes, s.modified_ns) not in known]
+        shards = _new_ones(found, _files_of(before), folder)
         staging = folder / STAGING
         if shards:
             _clear_way(staging, recipe)
@@ -108,6 +107,24 @@ def _files_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every file that a store was made from, with its source."""
     by_source = manifest.get("by_source", {})
     return [{"source": name, **file} for name, about in by_source.items() for file in about["files"]]
+
+
+def _new_ones(found: Sequence[Shard], files: Sequence[Mapping[str, Any]], folder: Path) -> list[Shard]:
+    """The files that a store was not made from yet; raises DataError where one has changed since."""
+    known = {(file["source"], file.get("path")): file for file in files}
+    new = []
+    for shard in found:
+        file = known.get((shard.source, str(shard.path)))
+        if file is None:
+            new.append(shard)
+        elif (shard.n_bytes, shard.modified_ns) != (file["bytes"], file["modified_ns"]) and (
+            shard.n_bytes != file["bytes"] or sha256_of(shard.path) != file["sha256"]
+        ):
+            raise DataError(
+                f"{shard.path}: has changed since it was brought into {folder}, but what is in a store stays there. "
+                "Make a new store, or put the file back as it was."
+            )
+    return new
 
 
 def _clear_way(staging: Path, recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wattier_gnn.cleaning import CleaningReport, read_clean, removal_reason
-from wattier_gnn.datasets import Reader
+from wattier_gnn.datasets import READERS, Reader
 from wattier_gnn.structure import BadRecord, DataError, ShardError, Structure
 
 GOOD = Structure(
@@ -26,6 +26,7 @@ GOOD = Structure(
     key="k",
 )
 NAN = float("nan")
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def test_a_good_structure_stays() -> None:
@@ -151,3 +152,30 @@ def test_reports_add_up() -> None:
     assert one.removed == {"a": {"no atoms": 2, "unreadable record": 30}}
     assert one.bad_shards == {"a": ["a/1: is bad"] * 2}
     assert one.bad_records["a"] == [f"bad {k}" for k in [*range(15), *range(5)]]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the genuine sample is not part of the repository and is not at {REAL}")
+@pytest.mark.parametrize(
+    ("name", "inside", "structures", "per_atom", "frobenius"),
+    [
+        ("oc20", "oc20_s2ef/0.extxyz.xz", 1313, 3, 3),
+        ("oc20", "oc20_s2ef/1.extxyz.xz", 1313, 2, 2),
+        ("extxyz", "mptrj/mptrj-random-1k.xyz.xz", 1000, 0, 3),
+        ("extxyz", "mptrj/mptrj-highest-stress-1k.xyz.xz", 1000, 23, 78),
+        ("mptrj", "mptrj", 240, 8, 12),
+        ("ani1x", "ani1x", 1560, 0, 0),
+        ("qm7x", "qm7x", 377, 0, 0),
+    ],
+)
+def test_both_force_rules_remove_what_the_collection_says(
+    name: str, inside: str, structures: int, per_atom: int, frobenius: int
+) -> None:
+    """The figures of COUNTS.md."""
+    reader, removed, read = READERS[name], {"per_atom": 0, "frobenius": 0}, 0
+    for shard in reader.shards(REAL / inside):
+        for item in reader.read(shard):
+            assert isinstance(item, Structure)
+            read += 1
+            removed["per_atom"] += removal_reason(item, 100.0, "per_atom") == "force above threshold"
+            removed["frobenius"] += removal_reason(item, 100.0, "frobenius") == "force above threshold"
+    assert (read, removed["per_atom"], removed["frobenius"]) == (structures, per_atom, frobenius)
