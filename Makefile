@@ -36,6 +36,7 @@ bench: setup-dev ## side-by-side timings; they gate nothing
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_model.py
 	$(BIN)/python tests/bench_training.py
+	$(BIN)/python tests/bench_data.py --structures 200000
 	$(BIN)/python tests/bench_telemetry.py
 
 clean: ## remove what the other targets made, but no run
