@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 
 from wattier_gnn.batch import Batch
@@ -54,9 +55,9 @@ class Ensemble:
     def predict_batch(self, batch: Batch, baseline_ev: Any) -> EnsemblePrediction:
         """Predict one batch; baseline_ev [B] is the composition reference of each structure."""
         batch = batch.to(next(self.members[0].parameters()).device)
-        predictions = [member.eval()(batch) for member in self.members]
-        energies = np.stack([p.energy.detach().double().cpu().numpy() for p in predictions]) + baseline_ev
-        forces = np.stack([p.forces.detach().double().cpu().numpy() for p in predictions])
+        found = [_numbers(member, batch) for member in self.members]
+        energies = np.stack([energy for energy, _ in found]) + baseline_ev
+        forces = np.stack([force for _, force in found])
         return EnsemblePrediction(
             energies.mean(axis=0),
             spread(energies) * self.energy_std_scale,
@@ -106,6 +107,13 @@ class Ensemble:
             raise DataError(f"{folder}: references_ev is {list(references.shape)}, but must be [S, 119]. Get it anew.")
         calibration = manifest["calibration"]
         return cls(members, references, calibration["energy_std_scale"], calibration["forces_std_scale"])
+
+
+@torch.no_grad()
+def _numbers(member: FoundationModel, batch: Batch) -> tuple[Any, Any]:
+    """One member's energies [B] and forces [N, 3] in float64, with no graph kept of how they came about."""
+    prediction = member.eval()(batch)
+    return prediction.energy.double().cpu().numpy(), prediction.forces.double().cpu().numpy()
 
 
 def spread(values: Any) -> Any:

@@ -116,13 +116,16 @@ class Trainer:
         val_loss, by_source = self.validate()
         state.epoch += 1
         state.structures_seen += self.sampler.n_draws
+        learning_rate = self.schedule.learning_rate  # of its last step
         self.schedule.after_epoch(val_loss)
         improved = self._note(train_loss, val_loss)
         report = EpochReport(
             state.epoch, train_loss, val_loss, by_source, state.structures_seen, time.monotonic() - started,
-            self.schedule.learning_rate, state.data_wait_seconds,
+            learning_rate, state.data_wait_seconds,
         )  # fmt: skip
         state.step, state.loss_sum, state.loss_steps, state.seconds, state.data_wait_seconds = 0, 0.0, 0.0, 0.0, 0.0
+        if improved:
+            self._save_best()  # before anybody hears of its loss
         # Reported first, saved second: a process killed between the two trains the end of this epoch again and reports
         # it again, where the other order would lose the report.
         answer = self._answer(report, on_epoch)
@@ -130,8 +133,6 @@ class Trainer:
             state.ended = "stopped"
         if answer == GONE:
             return
-        if improved:
-            self._save_best()
         self._save()
 
     def _new_clock(self) -> CheckpointClock:

@@ -18,6 +18,7 @@ def refuse_wrong_combinations(config: RunConfig) -> None:
     _weights_of_all_sources(config)
     _one_warm_up(config)
     _whole_weights_for_gradients(config)
+    _whole_gpus_for_shards(config)
 
 
 def reached(config: RunConfig, name: str) -> list[Any]:
@@ -49,6 +50,8 @@ def _weights_of_all_sources(config: RunConfig) -> None:
             )
         return
     named, read = set(weights or {}), set(config.data.sources)
+    if config.data.store is not None and not read:
+        return  # the store says which there are
     if named != read:
         raise ValueError(
             f"training.source_weights names {', '.join(sorted(named)) or 'no source'}, but mixture weights needs one "
@@ -68,4 +71,13 @@ def _whole_weights_for_gradients(config: RunConfig) -> None:
         raise ValueError(
             "training.sharding is fsdp and model.forces is conservative, but forces by gradient need whole weights on "
             "every rank. Set sharding to none, or forces to vector"
+        )
+
+
+def _whole_gpus_for_shards(config: RunConfig) -> None:
+    gpus = config.resources.gpus_per_rank
+    if "fsdp" in reached(config, "sharding") and gpus is not None and 0 < gpus < 1:
+        raise ValueError(
+            f"training.sharding is fsdp and resources.gpus_per_rank is {gpus}, but ranks that hold parts of a "
+            "model must each have a whole GPU. Set gpus_per_rank to 1, or sharding to none"
         )

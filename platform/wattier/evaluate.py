@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from wattier.config import RunConfig
+from wattier.config_combinations import reached
 from wattier.records import TrialResult, finite_or_none
 from wattier.rundir import RunDir, write_json
 from wattier.trial import load_member
+from wattier_gnn.batching import StepLimits, cut_into_steps
 from wattier_gnn.ensemble import Ensemble, spread
 from wattier_gnn.splits import TEST, TRAIN, VAL
 from wattier_gnn.store import Store
@@ -46,8 +48,8 @@ def evaluate_run(
     """Evaluate the members as one ensemble and write ``evaluation.json``."""
     store = Store(run.store_path)
     ensemble = load_ensemble(run, members, store, device)
-    validation = predict_split(ensemble, store, VAL)
-    test = predict_split(ensemble, store, TEST)
+    limits = step_limits(config)
+    validation, test = (predict_split(ensemble, store, split, limits) for split in (VAL, TEST))
     forces = _known_forces(validation)
     scales = {
         "energy": fit_scale(validation.energy_error_ev, validation.energy_std_ev),
@@ -91,12 +93,21 @@ def load_ensemble(run: RunDir, members: Sequence[TrialResult], store: Store, dev
     return Ensemble(models, store.references)
 
 
-def predict_split(ensemble: Ensemble, store: Store, split: int) -> Predictions:
+def step_limits(config: RunConfig) -> StepLimits:
+    """What a batch may hold, if the trials of a run could hold it in training."""
+    atoms, edges = (
+        min((int(value) for value in reached(config, name) if value is not None), default=None)
+        for name in ("batch_atoms", "batch_edges")
+    )
+    return StepLimits(BATCH_STRUCTURES, atoms, edges)
+
+
+def predict_split(ensemble: Ensemble, store: Store, split: int, limits: StepLimits) -> Predictions:
     """Run the ensemble over all structures of one split."""
     indices = store.indices(split)
     energies, forces, true_forces, known = [], [], [], []
-    for start in range(0, len(indices), BATCH_STRUCTURES):
-        arrays = store.gather(indices[start : start + BATCH_STRUCTURES])
+    for step in cut_into_steps(indices, limits, store.n_atoms, store.n_edges):
+        arrays = store.gather(step)
         prediction = ensemble.predict_batch(store.joined(arrays), np.zeros(len(arrays["energy"])))
         energies.append(prediction.member_energies_ev)
         forces.append(prediction.member_forces_ev_per_angstrom)

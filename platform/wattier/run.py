@@ -21,7 +21,7 @@ from wattier.report import write_report
 from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.search import run_search
 from wattier.select import select_trials
-from wattier.trial import run_trial
+from wattier.trial import run_trial, settings_of
 from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.pool import Progress
 from wattier_gnn.splits import TRAIN
@@ -132,12 +132,13 @@ def _projection(store: Store, config: RunConfig) -> Callable[[TrialResult], floa
 
     An early stop makes the truth smaller; other ranks than the stage's make it larger or smaller.
     """
-    structures = len(store.indices(TRAIN)) * config.full_training.epochs
+    n_training, epochs = len(store.indices(TRAIN)), config.full_training.epochs
 
     def project(result: TrialResult) -> float | None:
         if result.energy_joules is None or not result.structures_seen:
             return None
-        return result.energy_joules / result.structures_seen * structures
+        structures = settings_of(config, result.params)[1].epoch_structures or n_training
+        return result.energy_joules / result.structures_seen * structures * epochs
 
     return project
 

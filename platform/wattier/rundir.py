@@ -62,12 +62,12 @@ class RunDir:
         text = config.to_yaml()
         if run.config_path.exists():
             there = run.config_path.read_text(encoding="utf-8", errors="replace")
-            if there != text and run.has_begun():
+            if there != text and run.has_begun() and not _is_same(run.config_path, config):
                 raise UserError(
                     f"{run.path}: holds a run of another config{_first_difference(there, text)}. "
                     "Set another run_dir, or remove the folder to start over."
                 )
-            if there == text:
+            if there == text or run.has_begun():
                 return run
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -268,6 +268,14 @@ def _is_torn(line: bytes) -> bool:
 def _warn_of_torn_line(path: Path, number: int) -> None:
     """Once, however often the file is read."""
     log.warning("%s: line %d was torn by a crash and is left out", path, number)
+
+
+def _is_same(path: Path, config: RunConfig) -> bool:
+    """Whether a file says the same in other words, as one does that an earlier version wrote, with fewer settings."""
+    try:
+        return load_config(path) == config
+    except UserError:
+        return False
 
 
 def _first_difference(old: str, new: str) -> str:

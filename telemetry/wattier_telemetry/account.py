@@ -400,7 +400,8 @@ class Account:
 
     def _swing_watts(self) -> float:
         """Return how far apart power may have been within a refresh interval."""
-        if self.device.power_average_seconds > self._rhythm.refresh_seconds or self._highest_watts == 0.0:
+        shortest_seen = min(self._rhythm.refresh_seconds, self._power.seconds)
+        if self.device.power_average_seconds > shortest_seen or self._highest_watts == 0.0:
             return self._possible_watts()  # an average hides the swing
         return self._highest_watts - self._lowest_watts
 
@@ -425,6 +426,10 @@ class Account:
             slack += self._slack_joules(self._pending)
             if self._coarse_counter:  # the last tick came before the reading that showed it
                 slack += self._rhythm.refresh_seconds * max(self._highest_watts, self.power_watts or 0.0)
+        # A refresh of lateness is no more than the edges doubt already; an exact counter leaves none to doubt.
+        free = self._rhythm.refresh_seconds if self._coarse_counter else 0.0
+        for late in (self._first_late_seconds, self._last_late_seconds):
+            slack += max(0.0, late - free) * self._possible_watts()
         low, high = max(0.0, joules - slack), joules + slack + self._unseen_seconds * self._possible_watts()
         if self._is_distrusted:
             self._methods.add("integrated")

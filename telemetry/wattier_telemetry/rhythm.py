@@ -102,6 +102,8 @@ class Rhythm:
 
     def _learn(self, count: int, before: Tick, tick: Tick) -> None:
         """Take what two ticks tell that are so many refreshes apart."""
+        if tick.until <= before.after:  # of one moment: nothing
+            return
         shortest = max(self._shortest, (tick.after - before.until) / count)
         longest = min(self._longest, (tick.until - before.after) / count)
         if shortest <= longest:

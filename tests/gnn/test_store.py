@@ -221,3 +221,16 @@ def test_an_interrupted_write_leaves_nothing(
 def test_a_second_write_replaces_the_first(folder: Path, structures: list[Structure]) -> None:
     assert len(write(folder, structures[:2])) == 2
     assert [p.name for p in folder.parent.iterdir()] == ["store"]
+
+
+def test_one_atom_alone_makes_a_batch(tmp_path: Path, tools: Any) -> None:
+    """A part of a step may be a single primitive cell; of one record numpy calls every view contiguous."""
+    cell = 2.6 * np.eye(3)
+    alone = tools.structure([29], [[0.1, 0.2, 0.3]], cell_angstrom=cell, pbc=(True, True, True))
+    several = tools.structure([29, 13], [[0.0, 0.0, 0.0], [1.3, 1.3, 1.3]], cell_angstrom=cell, pbc=(True, True, True))
+    split = np.array([TRAIN, TRAIN], dtype=np.int8)
+    store = write_store(tmp_path / "store", [alone, several], split, sources=["a"], cutoff_angstrom=3.0)
+    batch = store.batch(np.array([0]))
+    assert batch.positions.tolist() == [pytest.approx([0.1, 0.2, 0.3])]
+    assert len(batch.edge_index[0]) == 6
+    assert batch.edge_shift.norm(dim=1).tolist() == pytest.approx([2.6] * 6)

@@ -32,6 +32,25 @@ def load(tmp_path):
     return with_changes
 
 
+def test_the_sources_of_a_shared_store_are_weighted_by_what_it_holds(tmp_path):
+    data = yaml.safe_load(QUICKSTART.read_text())
+    data["data"] = {"store": str(tmp_path / "store")}
+    data["training"] |= {"mixture": "weights", "source_weights": EVERY_SOURCE}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert load_config(path).training.source_weights == EVERY_SOURCE
+
+
+def test_parts_of_a_model_need_whole_gpus(tmp_path):
+    data = yaml.safe_load(QUICKSTART.read_text())
+    data["training"] |= {"sharding": "fsdp"}
+    data["resources"] = {"gpus_per_rank": 0.5}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError, match=r"resources.gpus_per_rank is 0.5, but ranks that hold parts"):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

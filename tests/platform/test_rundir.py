@@ -140,6 +140,16 @@ def test_another_config_in_the_same_folder_is_refused_with_the_first_difference(
         RunDir.create(other)
 
 
+def test_a_config_of_an_earlier_version_with_fewer_settings_is_the_same(empty_run):
+    config = empty_run.config()
+    empty_run.trial_folder("wide", "wide-000").mkdir(parents=True)
+    lines = empty_run.config_path.read_text().splitlines(keepends=True)
+    fewer = "".join(line for line in lines if "throttled_share" not in line)
+    assert fewer != "".join(lines)
+    empty_run.config_path.write_text(fewer)
+    assert RunDir.create(config).config() == config
+
+
 def test_a_config_that_made_nothing_yet_may_be_mended(empty_run):
     other = empty_run.config().model_copy(update={"seed": 7})
     assert RunDir.create(other).config().seed == 7

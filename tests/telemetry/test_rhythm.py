@@ -66,6 +66,10 @@ class TestPlace:
         found = rhythm.place(Tick(0.305, 0.325))
         assert found is None or holds(found.tick, 0.32)
 
+    def test_two_ticks_of_one_moment_tell_nothing(self):
+        rhythm = rhythm_of((0.2, 0.2), (0.2, 0.2), (0.3, 0.3))
+        assert rhythm.refresh_seconds == pytest.approx(0.1, abs=0.005)
+
     def test_too_few_too_far_or_forgotten_tell_nothing(self):
         assert rhythm_of((0.198, 0.202)).place(Tick(0.25, 0.34)) is None
         rhythm = rhythm_of((0.198, 0.202), (0.298, 0.302))
@@ -186,3 +190,16 @@ class TestAMeterThatIsHeldUp:
             after.append((t, 0.0))
         share = closed(reads, begin, end, after, watts=lambda t: 700.0 if (t * hz) % 1 < 0.5 else 100.0, joules=joules)
         assert share.joules_low <= joules(end) - joules(begin) <= share.joules_high
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.0, 0.06), (0.06, 0.0), (0.05, 0.05)])
+def test_an_exact_counter_that_answers_late_is_doubted_by_so_much(first, last):
+    """300 W for half a second: what a late answer holds is of another time, before or behind the window."""
+    account = Account(Device("d", "device", "gpu", 0, counter_refresh_seconds=0.001), "counter", longest_gap_seconds=5)
+    for asked, late in ((10.0, first), (10.2, 0.0), (10.5, last)):
+        at = asked + late
+        account.add(asked, Reading(at, power_watts=300.0, energy_joules=300 * at), late_seconds=late)
+    account.close(10.5)
+    share = account.share(0.0, 0.5)
+    assert share.joules_low <= 150 <= share.joules_high
+    assert share.joules_high - share.joules_low == pytest.approx(2 * 300 * (first + last), rel=0.05)
