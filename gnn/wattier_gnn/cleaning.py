@@ -20,6 +20,9 @@ MAX_POSITION_ANGSTROM = 1e6
 MIN_CELL_ANGSTROM = 0.1
 # Diamond has 0.18; a cell in the wrong unit would have so many edges that memory ends.
 MAX_ATOMS_PER_CUBIC_ANGSTROM = 5.0
+# Where nothing repeats, atoms are counted in boxes this wide: a molecule may have 40 in one. A cubic lattice as close
+# as the atoms of H2 (0.74 Å) has 27 there; wider boxes would hide a clump in the emptiness around it.
+BOX_ANGSTROM = 2.0
 UNREADABLE = "unreadable record"
 MAX_MESSAGES = 20  # kept of the bad records of a source; all are counted
 
@@ -57,15 +60,32 @@ def _geometry_reason(structure: Structure) -> str | None:
         return "nan position"
     if np.abs(positions).max() > MAX_POSITION_ANGSTROM:
         return "position out of range"
+    lengths, open_axes = np.ones(0), np.eye(3)
     if any(structure.pbc):
         if cell is None:
             return "cell without volume"
-        lengths = np.linalg.svd(cell[list(structure.pbc)], compute_uv=False)  # of the box that the vectors span
+        _, lengths, axes = np.linalg.svd(cell[list(structure.pbc)])  # of the box that the vectors span
         if lengths[-1] < MIN_CELL_ANGSTROM:
             return "cell without volume"
-        if all(structure.pbc) and len(positions) / lengths.prod() > MAX_ATOMS_PER_CUBIC_ANGSTROM:
-            return "impossible density"
-    return None
+        open_axes = axes[len(lengths) :]
+    return "impossible density" if _is_too_dense(positions, lengths.prod(), open_axes) else None
+
+
+def _is_too_dense(positions: Any, repeats: float, open_axes: Any) -> bool:
+    """Whether a box holds more atoms than can be; it is as large as the cell, and BOX_ANGSTROM wide along open axes.
+
+    Args:
+        positions: [N, 3], in Å.
+        repeats: length, area or volume (Å, Å² or Å³) that the lattice vectors span; 1 without any.
+        open_axes: unit vectors [0 to 3, 3] at right angles to the lattice vectors.
+    """
+    most = MAX_ATOMS_PER_CUBIC_ANGSTROM * repeats * BOX_ANGSTROM ** len(open_axes)
+    if len(positions) <= most:  # of nearly all structures: were all atoms in one box, they would not be too many
+        return False
+    if len(open_axes) == 0:
+        return True
+    boxes = np.floor(positions @ open_axes.T / BOX_ANGSTROM)
+    return bool(np.unique(boxes, axis=0, return_counts=True)[1].max() > most)
 
 
 def _force_norm(forces: Any, force_norm: ForceNorm) -> float:

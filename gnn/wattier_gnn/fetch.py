@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 from wattier_gnn.datasets import Reader
 from wattier_gnn.datasets.releases import RELEASES, Release, ReleaseFile
 from wattier_gnn.structure import DataError
-from wattier_gnn.unpack import unpack
+from wattier_gnn.unpack import MUST_BE, unpack, what_else
 
 Progress = Callable[[str, int, int | None], None]  # name, bytes so far, bytes in all
 
@@ -88,15 +88,16 @@ def fetch(file: ReleaseFile, folder: Path, on_progress: Progress) -> Fetched:
             small. What was downloaded is kept as ``<name>.part`` when another try can use it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if file.unpacks_to and (folder / file.unpacks_to).exists():
-        return Fetched(folder / file.unpacks_to, was_there=True, checked=None)
     target = folder / file.name
+    if file.unpacks_to and (folder / file.unpacks_to).exists():
+        target.unlink(missing_ok=True)  # a process was killed after it had unpacked it
+        return Fetched(folder / file.unpacks_to, was_there=True, checked=None)
     was_there = target.exists()
     checked = _check(file, target, refuse=True) if was_there else _download(file, target, on_progress)
     if file.unpacks_to is None:
         return Fetched(target, was_there, checked)
     unpacked = unpack(target, folder / file.unpacks_to)
-    target.unlink()
+    target.unlink(missing_ok=True)  # another process may have found it unpacked
     return Fetched(unpacked, was_there=False, checked=checked)
 
 
@@ -235,6 +236,8 @@ def _check(file: ReleaseFile, path: Path, *, refuse: bool) -> str | None:
         with path.open("rb") as stream:
             md5 = hashlib.file_digest(stream, "md5").hexdigest()
         what_is = f"has md5 {md5}" if md5 != file.md5 else ""
+    if not what_is and file.md5 is None and file.unpacks_to and (other := what_else(path)):
+        what_is, must_be = other, MUST_BE
     # A packed file tells by itself whether it is whole.
     if not what_is and refuse and file.md5 is None and file.size_bytes is None and file.unpacks_to is None:
         what_is, must_be = "is there and no checksum is published that could tell what it is", "absent"

@@ -14,17 +14,31 @@ from typing import BinaryIO, cast
 from wattier_gnn.structure import DataError
 
 _BLOCK_BYTES = 1 << 20
+_XZ, _GZIP, _HDF5 = b"\xfd7zXZ\x00", b"\x1f\x8b", b"\x89HDF\r\n\x1a\n"
 _TAR_MAGIC_AT, _TAR_MAGIC = 257, b"ustar"
+MUST_BE = "packed with xz or gzip, a tar archive, or HDF5"
 _DAMAGE = (lzma.LZMAError, zlib.error, gzip.BadGzipFile, tarfile.TarError, EOFError)
+
+
+def what_else(packed: Path) -> str | None:
+    """What `packed` starts with when `unpack` knows no such file (the page of a login, say); None when it does."""
+    with packed.open("rb") as file:
+        first = file.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))
+    known = first.startswith((_XZ, _GZIP, _HDF5)) or first[_TAR_MAGIC_AT:] == _TAR_MAGIC
+    return None if known else f"starts with {first[:20]!r}"
 
 
 def unpack(packed: Path, target: Path) -> Path:
     """Unpack `packed` into `target`: a folder for a tar archive, a file otherwise; what it is, its bytes tell.
 
+    An HDF5 file that is not packed, whatever its name says, is the file itself.
+
     Raises:
-        DataError: it is damaged, an archive holds what must not be unpacked (links, devices, paths that leave the
-            folder), or the disk has less room than the packed file takes.
+        DataError: it is none of these, it is damaged, an archive holds what must not be unpacked (links, devices, paths
+            that leave the folder), or the disk has less room than the packed file takes.
     """
+    if what_is := what_else(packed):
+        raise DataError(f"{packed}: {what_is}, but must be {MUST_BE}. Remove it and fetch it again")
     free, size = shutil.disk_usage(target.parent).free, packed.stat().st_size
     if free < size:
         raise DataError(
@@ -81,9 +95,9 @@ def _the_file_itself(unpacked: Path, name: str) -> Path:
 def _opened(packed: Path) -> BinaryIO:
     with packed.open("rb") as file:
         magic = file.read(6)
-    if magic == b"\xfd7zXZ\x00":
+    if magic == _XZ:
         return cast(BinaryIO, lzma.open(packed, "rb"))
-    return cast(BinaryIO, gzip.open(packed, "rb")) if magic[:2] == b"\x1f\x8b" else packed.open("rb")
+    return cast(BinaryIO, gzip.open(packed, "rb")) if magic[:2] == _GZIP else packed.open("rb")
 
 
 def _remove(path: Path) -> None:

@@ -86,10 +86,11 @@ def energy_figure(info: StatsInfo) -> go.Figure:
 def force_figure(info: StatsInfo) -> go.Figure:
     """Norms of the forces on atoms, by source, on a logarithmic axis."""
     figure = go.Figure()
-    strongest = max((s.force_ev_per_angstrom.maximum for s in info.sources if s.atoms), default=1.0)
-    strongest = strongest if math.isfinite(strongest) else 1.0
+    known = [s for s in info.sources if math.isfinite(s.force_ev_per_angstrom.maximum)]
+    strongest = max((s.force_ev_per_angstrom.maximum for s in known), default=1.0)
+    title = f"The strongest force on an atom is {strongest:.3g} eV/Å" if known else "No forces are known"
     top = math.ceil(math.log10(max(strongest, 10 * LOWEST_FORCE_EV_PER_ANGSTROM)) * 5) / 5
-    tails = [_between_tails(*s.histograms["force_ev_per_angstrom"])[0] for s in info.sources if s.structures]
+    tails = [_between_tails(*s.histograms["force_ev_per_angstrom"])[0] for s in known]
     bottom = math.floor(math.log10(max(min(tails, default=0.0), LOWEST_FORCE_EV_PER_ANGSTROM)))
     bars = np.logspace(bottom, top, N_BARS + 1)
     for number, source in enumerate(info.sources):
@@ -98,7 +99,7 @@ def force_figure(info: StatsInfo) -> go.Figure:
         _add_steps(figure, number, source, bars, counts / max(counts.sum(), 1))
     decades = [10.0**n for n in range(bottom, math.ceil(top) + 1)]
     figure.update_xaxes(type="log", tickvals=decades, ticktext=[f"{decade:g}" for decade in decades])
-    return _finished(figure, f"The strongest force on an atom is {strongest:.3g} eV/Å", "force on an atom (eV/Å)")
+    return _finished(figure, title, "force on an atom (eV/Å)")
 
 
 def elements_figure(info: StatsInfo) -> go.Figure:

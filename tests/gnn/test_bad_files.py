@@ -120,6 +120,15 @@ def test_extxyz_with_one_bad_frame(text: bytes, said: str, tmp_path: Path) -> No
     assert "frame 1" in message
 
 
+def test_a_group_of_extxyz_may_be_called_anything(tmp_path: Path) -> None:
+    path = tmp_path / "a.xyz"
+    names = ["0", "F", "7", "slab", None]
+    comments = [b"" if name is None else f" group={name}".encode() for name in names]
+    path.write_bytes(b"".join(GOOD_FRAME.replace(b" pbc", comment + b" pbc") for comment in comments))
+    groups = [item.group for item in READERS["extxyz"].read(path) if isinstance(item, Structure)]
+    assert groups == ["0", "False", "7", "slab", "H"]  # ASE takes F for a truth value
+
+
 def test_one_bad_frame_of_oc20(tmp_path: Path) -> None:
     path = write_good(tmp_path, "oc20")
     text = lzma.decompress(path.read_bytes()).decode()

@@ -98,6 +98,22 @@ def test_hdf5_that_points_at_other_files(tmp_path: Path) -> None:
     assert "takes its values from another file" in messages[1]
 
 
+@pytest.mark.parametrize("source", ["ani1x", "qm7x"])
+def test_a_path_that_leads_through_another_file_is_not_followed(source: str, tmp_path: Path) -> None:
+    path, other = write_good(tmp_path, source), tmp_path / "other.h5"
+    other.write_bytes(path.read_bytes())
+    with h5py.File(path, "w") as file:
+        file["door"] = h5py.ExternalLink(other.name, "/")
+        with h5py.File(other) as there:
+            for name in there:
+                file[f"a{name}"] = h5py.SoftLink(f"/door/{name}")
+        file["broken"] = h5py.SoftLink("/nowhere")
+    keys, messages = survey(source, path)
+    assert keys == []
+    assert any("is a link to '/door/" in message for message in messages)
+    assert any("/broken: is a link to '/nowhere'" in message for message in messages)
+
+
 @pytest.mark.parametrize(("number", "reason"), [(0, "unknown element"), (119, "unknown element"), (None, "no atoms")])
 def test_impossible_atoms_are_left_to_cleaning(number: int | None, reason: str, tmp_path: Path) -> None:
     numbers = np.array([] if number is None else [number], dtype=np.uint8)

@@ -87,6 +87,47 @@ def test_an_open_axis_needs_no_lattice_vector() -> None:
     assert removal_reason(replace(GOOD, cell_angstrom=None, pbc=(False, False, False)), 100.0) is None
 
 
+def atoms_at(positions: object, cell: object = None, n_periodic: int = 0) -> Structure:
+    n_atoms = len(np.asarray(positions))
+    return replace(
+        GOOD,
+        numbers=np.full(n_atoms, 6),
+        positions_angstrom=np.asarray(positions, dtype=float),
+        cell_angstrom=None if cell is None else np.asarray(cell, dtype=float),
+        pbc=tuple(axis < n_periodic for axis in range(3)),
+        forces_ev_per_angstrom=np.zeros((n_atoms, 3)),
+    )
+
+
+FAR = [[500.0, 500.0, 500.0]]
+TURN = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        atoms_at(np.zeros((3000, 3))),
+        atoms_at(np.concatenate([np.zeros((41, 3)), FAR])),  # an outlier does not thin out a clump
+        atoms_at(np.zeros((40, 3)), np.diag([0.2, 0.2, 20.0]), 2),
+        atoms_at(np.concatenate([np.zeros((40, 3)), FAR]), np.diag([0.2, 0.2, 0.0]) @ TURN, 2),
+        atoms_at(np.concatenate([np.zeros((40, 3)), FAR]), np.diag([0.2, 20.0, 20.0]) @ TURN, 1),
+    ],
+)
+def test_a_clump_of_atoms_is_removed_whatever_repeats(structure: Structure) -> None:
+    assert removal_reason(structure, 100.0) == "impossible density"
+
+
+def test_dense_matter_stays_whatever_repeats() -> None:
+    """Diamond, and hydrogen as close everywhere as in H2: a crystal, a slab, a rod and a grain of each."""
+    corners = np.array([[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0]])
+    diamond = 3.567 / 4 * np.concatenate([corners, corners + 1])
+    for motif, side in ((diamond, 3.567), (np.zeros((1, 3)), 0.74)):
+        shifts = side * np.stack(np.meshgrid(*[np.arange(6)] * 3), axis=-1).reshape(-1, 3)
+        positions = (motif[:, None] + shifts).reshape(-1, 3) @ TURN
+        for n_periodic in range(4):
+            assert removal_reason(atoms_at(positions, 6 * side * TURN, n_periodic), 100.0) is None
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

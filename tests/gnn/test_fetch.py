@@ -244,3 +244,22 @@ def test_a_packed_file_without_checksum_is_unpacked_by_the_next_try(site: Site, 
     file = release(site, name="1000.xz", unpacks_to="1000.hdf5", md5=None, size_bytes=None)
     assert fetch(file, tmp_path, ignore).path.read_bytes() == CONTENT[:1000]
     assert not site.asked
+
+
+def test_a_page_instead_of_a_packed_file_is_fetched_again(site: Site, tmp_path: Path) -> None:
+    site.content = b"<html>Sign in to the network</html>"
+    file = release(site, name="6000.xz", unpacks_to="6000.hdf5", md5=None, size_bytes=None)
+    with pytest.raises(DataError, match=r"starts with b'<html>.*packed with xz .* It was removed; try again"):
+        fetch(file, tmp_path, ignore)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"]
+    site.content, site.etag = lzma.compress(CONTENT[:1000]), '"two"'
+    assert fetch(file, tmp_path, ignore).path.read_bytes() == CONTENT[:1000]
+    assert [path.name for path in tmp_path.iterdir()] == ["6000.hdf5"]
+
+
+def test_a_packed_file_that_a_killed_process_had_unpacked_is_removed(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "1000.xz").write_bytes(lzma.compress(CONTENT[:1000]))
+    (tmp_path / "1000.hdf5").write_bytes(CONTENT[:1000])
+    assert fetch(release(site, name="1000.xz", unpacks_to="1000.hdf5"), tmp_path, ignore).was_there
+    assert [path.name for path in tmp_path.iterdir()] == ["1000.hdf5"]
+    assert not site.asked

@@ -84,6 +84,14 @@ def test_an_archive_that_is_damaged_or_means_harm(packed: bytes, tmp_path: Path)
     assert [path.name for path in tmp_path.rglob("*")] == ["here", "set.tar"]  # nothing half unpacked, nothing outside
 
 
+@pytest.mark.parametrize("page", [b"<!doctype html><p>Sign in", b"", bytes(3000), b"\xfd7z"])
+def test_what_is_no_packed_file_is_not_taken_for_the_file_itself(page: bytes, tmp_path: Path) -> None:
+    (tmp_path / "6000.xz").write_bytes(page)
+    with pytest.raises(DataError, match=r"6000\.xz: starts with b.*, but must be packed with xz or gzip"):
+        unpack(tmp_path / "6000.xz", tmp_path / "6000.hdf5")
+    assert [path.name for path in tmp_path.iterdir()] == ["6000.xz"]
+
+
 def test_a_small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "1000.xz").write_bytes(lzma.compress(hdf5_bytes()))
     monkeypatch.setattr("shutil.disk_usage", lambda _path: type("usage", (), {"free": 10}))

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from wattier import cli
-from wattier.data_plots import elements_figure, place_of, write_stats_page
+from wattier.data_plots import elements_figure, force_figure, place_of, write_stats_page
 from wattier.data_stats import find_store, stats_info
 from wattier.errors import UserError
 from wattier_gnn.datasets import READERS, SYMBOLS, releases
@@ -154,6 +154,16 @@ class TestStats:
 
         write_stats_page(info._replace(sources=Stats(["<i>", "b"]).of_sources()), tmp_path / "a.html")
         assert "<i>" not in (tmp_path / "a.html").read_text(encoding="utf-8").split("<body>")[1]
+
+    @pytest.mark.parametrize("maxima", [(np.nan, 3.48), (3.48, np.nan), (np.nan, np.nan)])
+    def test_forces_that_are_unknown_claim_nothing(self, store, maxima):
+        info = stats_info(store)
+        sources = [
+            source._replace(force_ev_per_angstrom=source.force_ev_per_angstrom._replace(maximum=maximum))
+            for source, maximum in zip(info.sources, maxima, strict=True)
+        ]
+        title = force_figure(info._replace(sources=sources)).layout.title.text
+        assert title == ("The strongest force on an atom is 3.48 eV/Å" if 3.48 in maxima else "No forces are known")
 
     def test_the_store_of_a_run(self, store, tmp_path, quickstart):
         run = tmp_path / "run"

@@ -72,7 +72,8 @@ def frame_structure(path: Path, index: int, text: bytes, identity: Identity) -> 
     energy_ev, forces = _labels(path, index, atoms)
     group = identity.group
     if group is None:
-        group = str(atoms.info.get("group") or atoms.symbols.get_chemical_formula())
+        named = atoms.info.get("group")  # 0 and F are names too
+        group = atoms.symbols.get_chemical_formula() if named is None else str(named)
     return Structure(
         numbers=atoms.numbers.astype(np.int64),
         positions_angstrom=atoms.positions.astype(np.float64),

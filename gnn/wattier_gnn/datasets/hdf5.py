@@ -126,8 +126,13 @@ def hdf5_rows(
 
 
 def _member(path: Path, parent: h5py.Group, name: str) -> Any:
-    """What lies under a name; a link out of the file is not followed: it would read what its author has no right to."""
-    if parent.id.links.get_info(name.encode()).type == h5py.h5l.TYPE_EXTERNAL:
-        target = parent.get(name, getlink=True).filename
-        raise shard_error(path, f"{parent.name}/{name}", f"is a link to {target!r}", "in this file")
+    """What lies under a name; a link is not followed: it would read what the file's author has no right to.
+
+    Nor is one by a path within the file, which may lead through one that leaves it. No release has either.
+    """
+    if parent.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        link = parent.get(name, getlink=True)
+        target = link.filename if isinstance(link, h5py.ExternalLink) else link.path
+        inside = f"{parent.name.rstrip('/')}/{name}"
+        raise shard_error(path, inside, f"is a link to {target!r}", "stored here, in this file")
     return parent[name]

@@ -17,7 +17,6 @@ from math import prod
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy._core.multiarray import _reconstruct
 
 from wattier_gnn.structure import DataError, ShardError
 
@@ -135,15 +134,53 @@ class _RebuildTensor:
         return flat.as_strided(size, stride)
 
 
+class _NumberType(metaclass=_Unchangeable):
+    """Stands in for ``numpy.dtype``, of numbers only.
+
+    The state of a real one holds flags by which numpy takes the bytes of an array for addresses of objects.
+    """
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, name: str, *_unused: Any) -> None:
+        if not isinstance(name, str) or np.dtype(name).kind not in "iufb":
+            raise pickle.UnpicklingError(f"values of type {name!r:.40}, which are no numbers")
+        self.dtype: np.dtype[Any] = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray[Any, Any]):
+    """An array that holds the bytes its pickle brings along: numpy would allocate objects that it announces."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, shape, number, is_fortran, data = state
+        if not isinstance(number, _NumberType) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("an array that is not made of numbers")
+        super().__setstate__((version, shape, number.dtype, is_fortran, data))
+
+
+class _Reconstruct:
+    """What ``numpy.core.multiarray._reconstruct`` does, but empty whatever the shape: the state sets it, with bytes."""
+
+    __slots__ = ()
+
+    def __call__(self, *_unused: Any) -> _Array:
+        return np.empty(0, "b").view(_Array)
+
+
 class _Scalar:
     """What ``numpy.core.multiarray.scalar`` does, for numbers only."""
 
     __slots__ = ()
 
-    def __call__(self, dtype: Any, data: bytes) -> Any:
-        if not isinstance(dtype, np.dtype) or dtype.kind not in "iufb" or len(data) != dtype.itemsize:
+    def __call__(self, number: Any, data: bytes) -> Any:
+        if not isinstance(number, _NumberType) or len(data) != number.dtype.itemsize:
             raise pickle.UnpicklingError("a scalar that is no number")
-        return np.frombuffer(data, dtype)[0]
+        return np.frombuffer(data, number.dtype)[0]
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -152,8 +189,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("numpy.core.multiarray", "scalar"): _Scalar(),
     ("numpy._core.multiarray", "scalar"): _Scalar(),
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): object(),  # named as what to reconstruct, never called: it would allocate any shape
+    ("numpy", "dtype"): _NumberType,
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
 }
