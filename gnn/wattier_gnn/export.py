@@ -46,6 +46,7 @@ def export_store(store: Store, folder: Path, form: Format, say: Callable[[str], 
         raise DataError(f"{folder}: is there already, but must be a new folder. Name another one, or remove it.")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(folder.parent)
     make_folder(temporary)
     try:
         files = dict((_columns if form == "store" else _frames)(store, temporary))

@@ -78,9 +78,9 @@ class Stamp:
 
     def is_still(self, about: Mapping[str, Any]) -> bool:
         """Whether it is the file that a manifest tells of: one that was only touched is."""
-        return self.n_bytes == about["bytes"] and (
-            self.modified_ns == about["modified_ns"] or sha256_of(self.path) == about["sha256"]
-        )
+        if self.n_bytes != about["bytes"]:
+            return False
+        return bool(self.modified_ns == about["modified_ns"] or sha256_of(self.path) == about["sha256"])
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,19 @@ class TestOtherFiles:
         with pytest.raises(DataError, match="has changed since"):
             make(tmp_path / "s", {"oc20": folder}, **options)
 
+    def test_a_file_that_gave_nothing_may_change(self, two: Path, toy: Toy, tmp_path: Path) -> None:
+        bad = toy("b", [ShardError(f"{two / 'b.toy'}: is no toy")])
+        assert_whole(make(tmp_path / "s", {"toy": two})[0], 80)
+        assert "nothing to do" in make(tmp_path / "s", {"toy": two})[1][0]
+        toy("b", [structure(k) for k in range(80, 160)])
+        bad.write_text("a whole one")
+        store, said = make(tmp_path / "s", {"toy": two})
+        assert_whole(store)
+        assert "unreadable" not in said[0]
+        bad.write_text("yet another")
+        with pytest.raises(DataError, match="has changed since"):
+            make(tmp_path / "s", {"toy": two})
+
     def test_refuse_does_not_go_on_with_what_skip_began(self, two: Path, toy: Toy, tmp_path: Path) -> None:
         toy("a", [BadRecord("record 0 is bad"), *(structure(k) for k in range(80))])
         killed(parts, "write_text", lambda path, _: path.name == "shard.json", tmp_path / "s", {"toy": two})
