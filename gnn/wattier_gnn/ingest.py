@@ -123,13 +123,14 @@ def _new_ones(found: Sequence[Shard], files: Sequence[Mapping[str, Any]], folder
     new = []
     for shard in found:
         file = known.get((shard.source, str(shard.path)))
-        if file is None or (not file["read"] and not shard.is_still(file)):
-            new.append(shard)
-        elif not shard.is_still(file):
+        if file is not None and shard.is_still(file):
+            continue
+        if file is not None and file["read"]:
             raise DataError(
                 f"{shard.path}: has changed since it was brought into {folder}, but what is in a store stays there. "
                 "Make a new store, or put the file back as it was."
             )
+        new.append(shard)
     return new
 
 

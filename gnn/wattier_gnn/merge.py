@@ -93,7 +93,7 @@ def begin(staging: Path, inputs: Mapping[str, Any]) -> None:
     """Forget a merge that was begun with other inputs: what lost its parts to it must be converted again."""
     path, due = staging / INPUTS, json.dumps(inputs)
     if not path.exists() or path.read_text() != due:
-        path.unlink(missing_ok=True)  # first: a state without inputs is forgotten, inputs would vouch for no state
+        path.unlink(missing_ok=True)  # first: they would vouch for parts that went into a state that is gone
         (staging / STATE).unlink(missing_ok=True)
     if not (staging / STATE).exists():
         for record in staging.glob(f"*/{DONE}"):

@@ -83,7 +83,7 @@ def _read_ids(path: Path) -> list[tuple[str, str]]:
 
 def _ids_beside(path: Path) -> list[Path]:
     """The file of ids of a file of frames, unpacked rather than packed; none where it is missing, or not due."""
-    if ".extxyz" not in path.suffixes:
+    if path.suffix in (".lmdb", ".aselmdb"):
         return []
     candidates = [path.with_name(f"{_base(path)}.txt"), path.with_name(f"{_base(path)}.txt.xz")]
     return [file for file in candidates if file.is_file()][:1]
