@@ -71,6 +71,12 @@ class Appender:
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
+        """Raises DataError where a file is shorter than its rows: cutting it back would fill it up with zeros."""
+        for name, column in COLUMNS.items():
+            path, due = column_path(self.folder, name), self.rows[name] * column.row_bytes
+            n_bytes = path.stat().st_size if path.exists() else 0
+            if n_bytes < due:
+                raise _unreadable(self.folder, f"{path.name} has {n_bytes} bytes of {due}")
         for name, column in COLUMNS.items():
             path = column_path(self.folder, name)
             path.touch()

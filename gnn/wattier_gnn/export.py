@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ import numpy as np
 from wattier_gnn.arrays import COLUMNS
 from wattier_gnn.columns import column_path
 from wattier_gnn.data_card import data_card
-from wattier_gnn.datasets.write_extxyz import write_frames
-from wattier_gnn.files import sha256_of, write_text
+from wattier_gnn.datasets.write_extxyz import readable, write_frames
+from wattier_gnn.files import make_folder, sha256_of, write_text
 from wattier_gnn.manifest import MANIFEST, read_manifest
 from wattier_gnn.splits import SPLIT_NAMES
 from wattier_gnn.store import Store
@@ -38,13 +38,16 @@ def export_store(store: Store, folder: Path, form: Format, say: Callable[[str], 
         say: hears lines of text.
 
     Raises:
-        DataError: the folder is there and holds something.
+        DataError: the folder is there and holds something, or cannot be made.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.name:
+        raise DataError(f"{folder}: is not a new folder, but must be one. Name it, such as {folder / 'release'}.")
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise DataError(f"{folder}: is there already, but must be a new folder. Name another one, or remove it.")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(folder.parent)
+    make_folder(temporary)
     try:
         files = dict((_columns if form == "store" else _frames)(store, temporary))
         card = data_card(store.meta, folder.name, form)
@@ -129,9 +132,9 @@ def _comments(store: Store, indices: Any) -> dict[str, Any]:
     return {
         "aligned_energy": (store.energy[indices] - store.baseline_ev(indices)).tolist(),
         "source": [store.sources[k] for k in store.source_index[indices]],
-        "group": [store.groups.names[k] for k in store.columns["group"][indices]],
+        "group": [readable(store.groups.names[k]) for k in store.columns["group"][indices]],
         "split": [SPLIT_NAMES[k] for k in store.split[indices]],
-        "key": [store.key(int(k)) for k in indices],
+        "key": [readable(store.key(int(k))) for k in indices],
     }
 
 
@@ -141,9 +144,33 @@ def _entry(path: Path) -> dict[str, Any]:
 
 def _without_paths(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest without what is true on this machine only."""
-    local = {"path", "modified_ns"}
+    files = {name: about["files"] for name, about in manifest["by_source"].items()}
+    cleaning = {
+        **manifest["cleaning"],
+        **{
+            kind: {
+                name: [_named_only(text, files.get(name, ())) for text in messages]
+                for name, messages in manifest["cleaning"][kind].items()
+            }
+            for kind in ("bad_shards", "bad_records")
+        },
+    }
     by_source = {
-        name: {**about, "files": [{k: v for k, v in file.items() if k not in local} for file in about["files"]]}
+        name: {**about, "files": [_portable(file) for file in about["files"]]}
         for name, about in manifest["by_source"].items()
     }
-    return {**{k: v for k, v in manifest.items() if k != "release"}, "by_source": by_source}
+    return {**{k: v for k, v in manifest.items() if k != "release"}, "by_source": by_source, "cleaning": cleaning}
+
+
+def _portable(file: Mapping[str, Any]) -> dict[str, Any]:
+    there = {k: v for k, v in file.items() if k not in ("path", "modified_ns")}
+    return there | ({"beside": [_portable(other) for other in file["beside"]]} if "beside" in file else {})
+
+
+def _named_only(message: str, files: Iterable[Mapping[str, Any]]) -> str:
+    """A message with the names of files in the place of their paths, as `DataError` writes them."""
+    for file in files:
+        for about in (file, *file.get("beside", ())):
+            if "path" in about:
+                message = message.replace(str(DataError(about["path"])), about["name"])
+    return message

@@ -16,9 +16,10 @@ from typing import Any
 
 from wattier_gnn.cleaning import CleaningReport, ForceNorm
 from wattier_gnn.datasets import READERS
-from wattier_gnn.files import locked, sha256_of, write_text
-from wattier_gnn.manifest import MANIFEST, describe, read_manifest
-from wattier_gnn.merge import MergePlan, begin, merge
+from wattier_gnn.datasets.shard import COMPRESSIONS
+from wattier_gnn.files import locked, make_folder, write_text
+from wattier_gnn.manifest import MANIFEST, describe
+from wattier_gnn.merge import INPUTS, STATE, MergePlan, begin, merge
 from wattier_gnn.parts import DONE, Neighbors, OnBad, Recipe, Shard
 from wattier_gnn.pool import Progress, convert_all
 from wattier_gnn.store import Store
@@ -67,10 +68,11 @@ def ingest(  # noqa: PLR0913  (the whole recipe of a store)
     recipe = Recipe(cutoff_angstrom, max_force_ev_per_angstrom, force_norm, neighbors)
     settings = {**asdict(recipe), "split": dict(split), "seed": seed}
     found = [Shard.of(source, path) for source, where in paths.items() for path in READERS[source].shards(where)]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with locked(folder):
         before = _what_is_there(folder, settings)
         shards = _new_ones(found, _files_of(before), folder)
+        _refuse_two_layouts(found, _files_of(before), folder)
         staging = folder / STAGING
         if shards:
             _clear_way(staging, recipe)
@@ -93,7 +95,13 @@ def _what_is_there(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     inside = {path.name for path in folder.iterdir()} - {".lock"}
     if not inside or (STAGING in inside and MANIFEST not in inside):
         return {}
-    manifest = read_manifest(folder)
+    manifest = Store(folder).meta
+    for path in folder.glob("*.bin"):
+        if path.is_symlink():
+            raise DataError(
+                f"{folder}: {path.name} is a link to {path.readlink()}, but a store that is added to must hold its own "
+                "files. Add to the store that it links to."
+            )
     for name, value in settings.items():
         if (there := manifest["settings"].get(name)) != value:
             raise DataError(
@@ -110,27 +118,40 @@ def _files_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _new_ones(found: Sequence[Shard], files: Sequence[Mapping[str, Any]], folder: Path) -> list[Shard]:
-    """The files that a store was not made from yet; raises DataError where one has changed since."""
+    """The files of which nothing is in a store yet; raises DataError where another one has changed since."""
     known = {(file["source"], file.get("path")): file for file in files}
     new = []
     for shard in found:
         file = known.get((shard.source, str(shard.path)))
-        if file is None:
-            new.append(shard)
-        elif (shard.n_bytes, shard.modified_ns) != (file["bytes"], file["modified_ns"]) and (
-            shard.n_bytes != file["bytes"] or sha256_of(shard.path) != file["sha256"]
-        ):
+        if file is not None and shard.is_still(file):
+            continue
+        if file is not None and file["read"]:
             raise DataError(
                 f"{shard.path}: has changed since it was brought into {folder}, but what is in a store stays there. "
                 "Make a new store, or put the file back as it was."
             )
+        new.append(shard)
     return new
+
+
+def _refuse_two_layouts(found: Sequence[Shard], files: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Raises DataError where a source came in another layout before: the same frames have other groups in it."""
+    paths = [*((s.source, s.path) for s in found), *((file["source"], Path(file["name"])) for file in files)]
+    for source in {source for source, _ in paths if source in READERS and READERS[source].one_layout}:
+        names = [path.with_suffix("") if path.suffix in COMPRESSIONS else path for of, path in paths if of == source]
+        if len(layouts := sorted({name.suffix for name in names})) > 1:
+            raise DataError(
+                f"{folder}: would hold {source} of {' and '.join(f'*{layout}' for layout in layouts)}, but must hold "
+                "one layout of it: the same frames would be read twice. Give files of the layout that is there, or "
+                "name another folder."
+            )
 
 
 def _clear_way(staging: Path, recipe: Recipe) -> None:
     """Take away what an interrupted ingestion made by another recipe."""
     due, path = json.dumps(asdict(recipe)), staging / "recipe.json"
     if staging.exists() and (not path.exists() or path.read_text() != due):
+        path.unlink(missing_ok=True)  # first: it must not vouch for what is left of a removal that is killed
         shutil.rmtree(staging)
     staging.mkdir(exist_ok=True)
     write_text(path, due)
@@ -153,9 +174,8 @@ def _clean_up(staging: Path, found: Sequence[Shard], say: Callable[[str], None])
     if staging.exists():
         for shard in found:
             shutil.rmtree(staging / shard.id, ignore_errors=True)
-        for path in staging.glob("*.json"):
-            if path.name != "recipe.json":
-                path.unlink()
+        for name in (STATE, INPUTS):  # in this order: see `begin`
+            (staging / name).unlink(missing_ok=True)
         others = sum(path.is_dir() for path in staging.iterdir())
         if others:
             say(f"store: {others} more files were begun by an interrupted ingestion and wait in {staging}")
@@ -174,7 +194,7 @@ def _join(  # noqa: PLR0913, PLR0917
 ) -> None:
     """Join the parts of all files to the store, and write its manifest, which makes them part of it."""
     report = CleaningReport.from_dict(before["cleaning"]) if before else CleaningReport()
-    files, plan = _take_stock(folder / STAGING, shards, _files_of(before), report)
+    files, plan = _take_stock(folder / STAGING, shards, _without(shards, _files_of(before), report), report)
     sources = [*before.get("sources", ()), *(s for s in paths if s not in before.get("sources", ()))]
     for source in paths:
         if not report.kept[source]:
@@ -198,10 +218,13 @@ def _join(  # noqa: PLR0913, PLR0917
         ),
         sources,
     )
+    if rows["energy"] != report.kept.total():
+        raise DataError(
+            f"{folder}: {rows['energy']} structures were joined, but must be the {report.kept.total()} that were kept. "
+            f"Remove {folder / STAGING} and run the same command again."
+        )
     manifest = describe(folder, rows, sources=sources, settings=settings, groups=groups, files=files, report=report)
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-    if before and before["groups"] != groups:
-        (folder / before["groups"]).unlink(missing_ok=True)
     for warning in table.warnings(sources):
         say(f"warning: {warning}")
     for source in paths:
@@ -210,23 +233,30 @@ def _join(  # noqa: PLR0913, PLR0917
     say(f"store: {rows['energy']} structures, {rows['atoms']} atoms, {_edges(manifest)} edges in {folder}")
 
 
+def _without(shards: Sequence[Shard], files: Sequence[dict[str, Any]], report: CleaningReport) -> list[dict[str, Any]]:
+    """Files of a store but for those that are taken again; `report` no longer says that they cannot be read."""
+    again = {(shard.source, str(shard.path)) for shard in shards}
+    left = []
+    for file in files:
+        source = file["source"]
+        if (source, file.get("path")) not in again:
+            left.append(file)
+        elif source in report.bad_shards:
+            places = tuple(str(DataError(f"{about['path']}:")) for about in (file, *file.get("beside", ())))
+            report.bad_shards[source] = [m for m in report.bad_shards[source] if not m.startswith(places)]
+    return left
+
+
 def _take_stock(
     staging: Path, shards: Sequence[Shard], files: list[dict[str, Any]], report: CleaningReport
 ) -> tuple[list[dict[str, Any]], list[Shard]]:
     """All files for the manifest, and those to merge: a file that is there twice is taken once. Adds to `report`."""
-    first = {(file["source"], file["sha256"]): file for file in files if "duplicate_of" not in file}
+    first = {_content(file): file for file in files if file["read"]}
     plan = []
     for shard in shards:
         record = json.loads((staging / shard.id / DONE).read_text())
-        file = {
-            "source": shard.source,
-            "name": shard.path.name,
-            "path": str(shard.path),
-            "bytes": shard.n_bytes,
-            "modified_ns": shard.modified_ns,
-            "sha256": record["sha256"],
-        }
-        twin = first.setdefault((shard.source, record["sha256"]), file)
+        file = shard.about(record)
+        twin = first.setdefault(_content(file), file)
         if twin is file:
             counts = CleaningReport.from_dict(record["report"])
             report.add(counts)
@@ -236,6 +266,11 @@ def _take_stock(
             file |= {"read": 0, "kept": 0, "duplicate_of": twin["name"]}
         files.append(file)
     return files, plan
+
+
+def _content(file: Mapping[str, Any]) -> tuple[str, ...]:
+    """The same for files that give the same structures."""
+    return (file["source"], file["sha256"], *(beside["sha256"] for beside in file.get("beside", ())))
 
 
 def _edges(manifest: Mapping[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,13 +22,14 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CHUNK_STRUCTURES = 8192
 SMALLEST_SCALE_EV = 1e-3
+GROUPS_NAME = re.compile(r"groups-[0-9]+\.safetensors")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store.
 
     Raises:
-        DataError: there is none, or it is damaged or of another version.
+        DataError: there is none, or it is damaged, of another version, or names what it must not.
     """
     path = folder / MANIFEST
     try:
@@ -46,6 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     if found != FORMAT_VERSION:
         raise _wrong_version(folder, found)
+    _refuse_odd_names(folder, manifest)
     return dict(manifest)
 
 
@@ -136,6 +139,26 @@ def _sums(folder: Path, n_structures: int, n_sources: int) -> list[_Sums]:
         force_rms = float(np.sqrt(forces[s, 0] / forces[s, 1])) if forces[s, 1] else None
         found.append(_Sums(structures[s], elements[s], int(edges[s]), coefficients, spread, force_rms))
     return found
+
+
+def _refuse_odd_names(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Manifests come from others too: what they name becomes paths, sizes, and text on a screen."""
+    groups, sources, rows = (manifest.get(name) for name in ("groups", "sources", "rows"))
+    if not isinstance(groups, str) or not GROUPS_NAME.fullmatch(groups):
+        odd = f"groups is {groups!r}"
+    elif not isinstance(sources, list) or not all(isinstance(s, str) and _is_name(s) for s in sources):
+        odd = f"sources is {sources!r}"
+    elif not isinstance(rows, dict) or not all(type(n) is int and n >= 0 for n in rows.values()):
+        odd = f"rows is {rows!r}"
+    elif not isinstance(by_source := manifest.get("by_source"), dict) or set(by_source) != set(sources):
+        odd = "by_source has other names than sources"
+    else:
+        return
+    raise DataError(f"{folder}: not a readable store ({MANIFEST}: {odd[:200]}). Do not use it, or make it again.")
+
+
+def _is_name(source: str) -> bool:
+    return source in READERS or source.isidentifier()
 
 
 def _wattier_version() -> str | None:

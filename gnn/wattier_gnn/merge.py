@@ -18,8 +18,9 @@ from wattier_gnn.arrays import unpack_texts
 from wattier_gnn.columns import Appender
 from wattier_gnn.files import write_file, write_text
 from wattier_gnn.groups import GroupTable
-from wattier_gnn.parts import DONE, finished_parts, part_tensors
+from wattier_gnn.parts import DONE, Part, finished_parts, part_tensors
 from wattier_gnn.splits import element_masks
+from wattier_gnn.structure import DataError
 
 COMMIT_BYTES = 1 << 30  # between two commits: what may have to be merged again
 STATE, INPUTS = "merge.json", "inputs.json"
@@ -56,7 +57,7 @@ def merge(folder: Path, staging: Path, plan: MergePlan, sources: list[str]) -> t
         The rows of each column, the new table of groups, and its name.
 
     Raises:
-        DataError: a split of a source stays empty, and may not.
+        DataError: a split of a source stays empty, and may not; or a part is gone.
     """
     state_path = staging / STATE
     if state_path.exists():
@@ -75,7 +76,7 @@ def merge(folder: Path, staging: Path, plan: MergePlan, sources: list[str]) -> t
         waiting, behind = 0, int(state["done"])
         for number in range(behind, len(plan.files)):
             shard_id, source = plan.files[number]
-            for part in finished_parts(staging / shard_id):
+            for part in _whole(staging / shard_id):
                 waiting += part.path.stat().st_size
                 _append(appender, part.path, source, table)
             if waiting >= COMMIT_BYTES or number == len(plan.files) - 1:
@@ -91,8 +92,10 @@ def merge(folder: Path, staging: Path, plan: MergePlan, sources: list[str]) -> t
 def begin(staging: Path, inputs: Mapping[str, Any]) -> None:
     """Forget a merge that was begun with other inputs: what lost its parts to it must be converted again."""
     path, due = staging / INPUTS, json.dumps(inputs)
-    if path.exists() and path.read_text() != due:
+    if not path.exists() or path.read_text() != due:
+        path.unlink(missing_ok=True)  # first: they would vouch for parts that went into a state that is gone
         (staging / STATE).unlink(missing_ok=True)
+    if not (staging / STATE).exists():
         for record in staging.glob(f"*/{DONE}"):
             if len(finished_parts(record.parent)) != json.loads(record.read_text())["parts"]:
                 shutil.rmtree(record.parent)
@@ -102,7 +105,7 @@ def begin(staging: Path, inputs: Mapping[str, Any]) -> None:
 def _dealt(folder: Path, staging: Path, plan: MergePlan) -> GroupTable:
     table = GroupTable.load(folder / plan.groups) if plan.groups else GroupTable()
     for shard_id, source in plan.files:
-        for part in finished_parts(staging / shard_id):
+        for part in _whole(staging / shard_id):
             tensors = part_tensors(part.path, ("group", "group_names", "group_offset", "atoms", "atom_offset"))
             names = unpack_texts(tensors["group_names"], tensors["group_offset"])
             rows = table.rows(source, names)
@@ -114,6 +117,17 @@ def _dealt(folder: Path, staging: Path, plan: MergePlan) -> GroupTable:
             )
     table.deal(plan.split, plan.seed)
     return table
+
+
+def _whole(place: Path) -> list[Part]:
+    """All parts of a file; raises DataError where one is gone, or its structures would be lost in silence."""
+    parts, due = finished_parts(place), json.loads((place / DONE).read_text())["parts"]
+    if len(parts) != due:
+        raise DataError(
+            f"{place}: holds {len(parts)} parts, but must hold {due}. Remove this folder and run the same command "
+            "again: its file is then converted anew."
+        )
+    return parts
 
 
 def _append(appender: Appender, path: Path, source: int, table: GroupTable) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,16 +48,15 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One file of one source, as it lay there when the ingestion began."""
+class Stamp:
+    """A file as it lay there at a moment."""
 
-    source: str
     path: Path
     n_bytes: int
     modified_ns: int
 
     @classmethod
-    def of(cls, source: str, path: Path) -> Shard:
+    def of(cls, path: Path) -> Stamp:
         """Raises DataError where there is no such file."""
         try:
             status = path.stat()
@@ -65,13 +64,65 @@ class Shard:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}), but must be a file. Check the path."
             ) from error
-        return cls(source, path.absolute(), status.st_size, status.st_mtime_ns)
+        return cls(path.absolute(), status.st_size, status.st_mtime_ns)
+
+    def about(self, sha256: str) -> dict[str, Any]:
+        """What a manifest says of the file."""
+        return {
+            "name": self.path.name,
+            "path": str(self.path),
+            "bytes": self.n_bytes,
+            "modified_ns": self.modified_ns,
+            "sha256": sha256,
+        }
+
+    def is_still(self, about: Mapping[str, Any]) -> bool:
+        """Whether it is the file that a manifest tells of: one that was only touched is."""
+        if self.n_bytes != about["bytes"]:
+            return False
+        return bool(self.modified_ns == about["modified_ns"] or sha256_of(self.path) == about["sha256"])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of one source, and those that are read with it, as they lay there when the ingestion began."""
+
+    source: str
+    file: Stamp
+    beside: tuple[Stamp, ...]
+
+    @classmethod
+    def of(cls, source: str, path: Path) -> Shard:
+        """Raises DataError where there is no such file."""
+        return cls(source, Stamp.of(path), tuple(map(Stamp.of, READERS[source].beside(path))))
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def n_bytes(self) -> int:
+        return self.file.n_bytes
+
+    def about(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What a manifest says of the file and those beside it, given its ``shard.json``."""
+        beside = [file.about(sha256) for file, sha256 in zip(self.beside, record["beside"], strict=True)]
+        return {"source": self.source, **self.file.about(record["sha256"])} | ({"beside": beside} if beside else {})
+
+    def is_still(self, about: Mapping[str, Any]) -> bool:
+        """Whether all is as a manifest says."""
+        beside = about.get("beside", ())
+        return (
+            self.file.is_still(about)
+            and len(self.beside) == len(beside)
+            and all(file.is_still(other) for file, other in zip(self.beside, beside, strict=True))
+        )
 
     @property
     def id(self) -> str:
-        """Names the folder of its parts; another one when the file has changed."""
-        text = f"{self.source}\0{self.path}\0{self.n_bytes}\0{self.modified_ns}"
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        """Names the folder of its parts; another one when a file has changed."""
+        files = (f"\0{file.path}\0{file.n_bytes}\0{file.modified_ns}" for file in (self.file, *self.beside))
+        return hashlib.sha256((self.source + "".join(files)).encode()).hexdigest()[:20]
 
 
 class Part(NamedTuple):
@@ -80,6 +131,7 @@ class Part(NamedTuple):
     path: Path
     read_through: int
     report: CleaningReport
+    is_last: bool  # nothing is to be read behind it
 
 
 def convert(shard: Shard, recipe: Recipe, on_bad: OnBad, folder: Path, told: Callable[[], None] | None = None) -> None:
@@ -97,23 +149,27 @@ def convert(shard: Shard, recipe: Recipe, on_bad: OnBad, folder: Path, told: Cal
     """
     place = folder / shard.id
     if (place / DONE).exists():
+        _hold_to(on_bad, CleaningReport.from_dict(json.loads((place / DONE).read_text())["report"]))
         return
     place.mkdir(parents=True, exist_ok=True)
     done = finished_parts(place)
     report = CleaningReport()
     for part in done:
         report.add(part.report)
-    sha256 = sha256_of(shard.path)
+    _hold_to(on_bad, report)
+    hashes = [sha256_of(file.path) for file in (shard.file, *shard.beside)]
     n_parts = len(done)
-    for block in _blocks(shard, recipe, on_bad, done[-1].read_through if done else 0):
-        _write_part(place / part_name(n_parts, block.read_through), block, recipe)
-        report.add(block.report)
-        n_parts += 1
-        if told is not None:
-            told()
+    if not done or not done[-1].is_last:
+        for block in _blocks(shard, recipe, on_bad, done[-1].read_through if done else 0):
+            _write_part(place / part_name(n_parts, block.read_through), block, recipe)
+            report.add(block.report)
+            n_parts += 1
+            if told is not None:
+                told()
     if Shard.of(shard.source, shard.path) != shard:
         raise DataError(f"{shard.path}: changed while it was read, but must stay as it is. Run the same command again.")
-    write_text(place / DONE, json.dumps({"sha256": sha256, "parts": n_parts, "report": report.to_dict()}))
+    record = {"sha256": hashes[0], "beside": hashes[1:], "parts": n_parts, "report": report.to_dict()}
+    write_text(place / DONE, json.dumps(record))
 
 
 def finished_parts(place: Path) -> list[Part]:
@@ -124,7 +180,7 @@ def finished_parts(place: Path) -> list[Part]:
             break
         with _opened(path) as file:
             info = json.loads(file.metadata()["info"])
-        parts.append(Part(path, info["read_through"], CleaningReport.from_dict(info["report"])))
+        parts.append(Part(path, info["read_through"], CleaningReport.from_dict(info["report"]), info["is_last"]))
     return parts
 
 
@@ -153,6 +209,7 @@ class _Block:
         self.edges: list[Edges] = []
         self.report = CleaningReport()
         self.read_through = read_through
+        self.is_last = False
         self.n_bytes = 0
 
     def add(self, structure: Structure, edges: Edges) -> None:
@@ -185,7 +242,17 @@ def _blocks(shard: Shard, recipe: Recipe, on_bad: OnBad, skip: int) -> Iterator[
         if on_bad == "refuse":
             raise DataError(f"{str(error).removesuffix('.')}. {HOW_TO_SKIP}") from error
         block.report.count_bad_shard(shard.source, str(error))
+    block.is_last = True
     yield block
+
+
+def _hold_to(on_bad: OnBad, report: CleaningReport) -> None:
+    """Refuse what an interrupted ingestion skipped, where this one must not."""
+    found = [
+        message for of in (report.bad_records, report.bad_shards) for messages in of.values() for message in messages
+    ]
+    if on_bad == "refuse" and found:
+        raise DataError(f"{found[0].removesuffix('.')}. {HOW_TO_SKIP}")
 
 
 def _sift(structure: Structure, source: str, recipe: Recipe, block: _Block) -> None:
@@ -208,7 +275,7 @@ def _write_part(path: Path, block: _Block, recipe: Recipe) -> None:
     row = {name: k for k, name in enumerate(groups)}
     tensors["group"] = np.array([row[s.group] for s in block.structures], dtype=np.int32)
     tensors["group_names"], tensors["group_offset"] = pack_texts(groups)
-    info = {"read_through": block.read_through, "report": block.report.to_dict()}
+    info = {"read_through": block.read_through, "is_last": block.is_last, "report": block.report.to_dict()}
     data = save(tensors, metadata={"info": json.dumps(info)})  # `save_file` would make it unreadable to others
     write_file(path, lambda temporary: temporary.write_bytes(data))
 

@@ -59,6 +59,10 @@ class Store:
         self.folder = folder
         self.meta: dict[str, Any] = read_manifest(folder)
         try:
+            if self.meta.get("release", {}).get("format") == "extxyz":
+                raise DataError(
+                    f"{folder}: is a release of frames, but must be a store. Read it as a source: extxyz={folder}."
+                )
             self.columns = open_columns(folder, self.meta["rows"])
             self.references = np.array(self.meta["references_ev"], dtype=np.float64)
             self.finds_edges = self.meta["settings"]["neighbors"] == "on_the_fly"

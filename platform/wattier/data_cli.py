@@ -15,6 +15,11 @@ data_app = typer.Typer(
     "of this by itself; these commands are for data that several runs share.",
 )
 
+SOURCE_HELP = (
+    "A source and its file or folder; repeat for other sources. For a second path of a source run the command again: "
+    "it is added."
+)
+
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `wattier data ingest` or a run made.")]
 
 
@@ -23,9 +28,7 @@ def ingest(  # noqa: PLR0913, PLR0917  (one parameter an option)
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="Take sources and settings from its data section.")
     ] = None,
-    source: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="A source and its file or folder; repeat for more.")
-    ] = None,
+    source: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help=SOURCE_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="The store to make, go on with, or add to.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores by default.")] = None,
     skip_bad: Annotated[
@@ -89,6 +92,12 @@ def _sources(texts: list[str]) -> dict[str, str]:
     for text, (name, _, path) in zip(texts, pairs, strict=True):
         if not name or not path:
             raise UserError(f"--source: is {text!r}, but must be NAME=PATH, such as ani1x=/data/ani1x-release.h5.")
+    names = [name for name, _, _ in pairs]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"--source: names {again} twice, but each source can have one path at a time. Give one, and run the "
+            "command again with the second path; it is added."
+        )
     return {name: path for name, _, path in pairs}
 
 
@@ -149,7 +158,10 @@ def stats(
     import json
 
     from wattier.data_stats import find_store, stats_dict, stats_info
+    from wattier.errors import UserError
 
+    if html and (html.is_dir() or not html.absolute().parent.is_dir()):
+        raise UserError(f"--html: is {html}, but must be a file in a folder that is there. Make the folder first.")
     info = stats_info(find_store(target))
     if as_json:
         typer.echo(json.dumps(stats_dict(info), indent=2, allow_nan=False))

@@ -54,10 +54,10 @@ def print_stats(info: StatsInfo, console: Console) -> None:
         console.print(table)
     for source in info.sources:
         symbols = ", ".join(SYMBOLS[number] for number in source.elements)
-        console.print(Text(f"{source.source}: {len(source.elements)} elements: {symbols}"))
+        console.print(_text(f"{source.source}: {len(source.elements)} elements: {symbols}"))
     for name, messages in info.cleaning.bad_shards.items():
         for message in messages:
-            console.print(Text(f"{name}: not read to its end: {message}"))
+            console.print(_text(f"{name}: not read to its end: {message}"))
 
 
 def _samples_table(info: StatsInfo) -> Table:
@@ -70,11 +70,12 @@ def _samples_table(info: StatsInfo) -> Table:
         figures = [source.structures, read, sum(removed.values()), source.atoms]
         totals = [total + figure for total, figure in zip(totals, figures, strict=True)]
         samples, read_text, removed_text, atoms = (f"{figure:,}" for figure in figures)
-        table.add_row(source.source, samples, read_text, removed_text, why, str(len(source.elements)), atoms)
+        elements = str(len(source.elements))
+        table.add_row(_text(source.source), samples, read_text, removed_text, _text(why), elements, atoms)
     table.add_section()
     samples, read_text, removed_text, atoms = (f"{total:,}" for total in totals)
-    elements = {z for source in info.sources for z in source.elements}
-    table.add_row(TOTAL, samples, read_text, removed_text, "", str(len(elements)), atoms)
+    all_elements = {z for source in info.sources for z in source.elements}
+    table.add_row(TOTAL, samples, read_text, removed_text, "", str(len(all_elements)), atoms)
     return table
 
 
@@ -83,7 +84,7 @@ def _sizes_table(info: StatsInfo) -> Table:
     table = _table("Atoms and edges of a structure", "source", *columns)
     for source in info.sources:
         sizes = (source.atoms_per_structure, source.edges_per_structure)
-        table.add_row(source.source, *(cell for spread in sizes for cell in _cells(spread, counts=True)))
+        table.add_row(_text(source.source), *(cell for spread in sizes for cell in _cells(spread, counts=True)))
     return table
 
 
@@ -95,8 +96,13 @@ def _labels_table(info: StatsInfo) -> Table:
     for source in info.sources:
         forces = source.force_ev_per_angstrom
         norms = [forces.mean, *source.force_quantiles_ev_per_angstrom.values(), forces.maximum]
-        table.add_row(source.source, *_cells(source.energy_ev_per_atom, counts=False), *map(_number, norms))
+        table.add_row(_text(source.source), *_cells(source.energy_ev_per_atom, counts=False), *map(_number, norms))
     return table
+
+
+def _text(words: str) -> Text:
+    """Words of a manifest, which somebody else may have written: no markup, and nothing that steers a terminal."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words))
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -36,14 +36,17 @@ class StatsInfo(NamedTuple):
 
 
 def find_store(target: Path) -> Path:
-    """The store of a run directory or of a config that was run, or the folder itself.
+    """The store of a run directory or of a config, the shared one where a run has not begun; or the folder itself.
 
     Raises:
         UserError: there is nothing, or the run has not come so far.
     """
     if target.is_dir() and not (target / "config.yaml").is_file():
         return target
-    run = RunDir(target) if target.is_dir() else RunDir(Path(load_config(target).run_dir).expanduser())
+    config = load_config(target / "config.yaml" if target.is_dir() else target)
+    run = RunDir(target if target.is_dir() else Path(config.run_dir).expanduser())
+    if not run.store_manifest_path.exists() and config.data.store is not None:
+        return Path(config.data.store).expanduser()
     if not run.store_path.exists():
         raise UserError(
             f"{target}: has no store yet ({run.store_path} does not exist), but must have one to look at. "

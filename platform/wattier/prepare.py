@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ from wattier.config import DataSection, RunConfig, SourceName
 from wattier.errors import UserError
 from wattier.metering import metered
 from wattier.rundir import RunDir, write_text
+from wattier_gnn.arrays import COLUMNS
+from wattier_gnn.columns import column_path
 from wattier_gnn.files import sha256_of
 from wattier_gnn.ingest import ingest
-from wattier_gnn.manifest import MANIFEST
+from wattier_gnn.manifest import read_manifest
 from wattier_gnn.sample import sample_path
 from wattier_gnn.store import Store
 
@@ -23,11 +26,7 @@ if TYPE_CHECKING:
 def prepare_data(run: RunDir, config: RunConfig, listener: Listener) -> Store:
     """Read, clean, split and align the sources, unless that is done; or take the store that the config names."""
     if config.data.store is not None:
-        path = Path(config.data.store).expanduser().absolute()
-        store = Store(path)
-        _refuse_another(store, config.data)
-        _link(run, path)
-        return store
+        return _shared(run, config.data, Path(config.data.store).expanduser().absolute())
     if run.store_manifest_path.exists():
         return Store(run.store_path)
     listener.phase("data")
@@ -81,18 +80,25 @@ def _refuse_another(store: Store, data: DataSection) -> None:
                 )
 
 
-def _link(run: RunDir, path: Path) -> None:
-    """Let the run's own store be the shared one, as long as that is the one the run began with."""
-    seen, manifest = run.store_path.with_name("store.sha256"), sha256_of(path / MANIFEST)
-    if seen.exists() and seen.read_text() != manifest:
-        raise UserError(
-            f"{path}: was added to since {run.path} began, but a run must see one store from beginning to end. "
-            "Set another run_dir, or give the store that it was."
-        )
-    link = run.store_path
-    if link.is_symlink() and link.readlink() != path:
-        link.unlink()
-    if not link.is_symlink():
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path, target_is_directory=True)
-    write_text(seen, manifest)
+def _shared(run: RunDir, data: DataSection, path: Path) -> Store:
+    """The shared store as it was when the run began: columns only grow, and the run's own manifest says how far."""
+    seen = run.store_path.with_name("store.sha256")
+    if run.store_manifest_path.exists():
+        groups = run.store_path / read_manifest(run.store_path)["groups"]
+        if not groups.exists() or sha256_of(groups) != seen.read_text():
+            raise UserError(
+                f"{path}: is not the store that {run.path} began with, but a run must see one store from beginning to "
+                "end. Set another run_dir, or bring that store back."
+            )
+    else:
+        store = Store(path)
+        _refuse_another(store, data)
+        run.store_path.mkdir(parents=True, exist_ok=True)
+        for name in (*(column_path(path, column).name for column in COLUMNS), store.meta["groups"]):
+            link = run.store_path / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(path / name)
+        write_text(seen, sha256_of(path / store.meta["groups"]))
+        manifest = {name: value for name, value in store.meta.items() if name != "release"}  # its files are elsewhere
+        write_text(run.store_manifest_path, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    return Store(run.store_path)

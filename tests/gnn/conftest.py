@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ import torch
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
+from wattier_gnn import ingest as ingest_module
+from wattier_gnn import manifest as manifest_module
+from wattier_gnn import parts
 from wattier_gnn.batch import Batch
+from wattier_gnn.datasets import READERS, Reader
 from wattier_gnn.model import FoundationModel, ModelConfig, build_model
 from wattier_gnn.neighbors import find_edges
 from wattier_gnn.splits import TRAIN, VAL
@@ -159,3 +163,32 @@ def emt_store(emt_structures: list[Structure], emt_split: Any, tmp_path_factory:
     """Sources cluster, crystal, and one without structures. Shared: do not write to it."""
     folder: Path = tmp_path_factory.mktemp("emt") / "store"
     return write_store(folder, emt_structures, emt_split, sources=["cluster", "crystal", "absent"], cutoff_angstrom=3.5)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a file of a source ``toy`` that yields what it is given; an exception in the list is raised."""
+    contents: dict[str, list[Any]] = {}
+
+    def read(path: Path) -> Iterator[Any]:
+        for item in contents[path.name]:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def shards(path: Path) -> list[Path]:
+        return [path] if path.is_file() else sorted(path.glob("*.toy"))
+
+    readers = {**READERS, "toy": Reader("toy", shards, read, "none")}
+    for module in (parts, ingest_module, manifest_module):
+        monkeypatch.setattr(module, "READERS", readers)
+
+    def file(name: str, items: list[Any]) -> Path:
+        contents[f"{name}.toy"] = items
+        folder = tmp_path / "toys"
+        folder.mkdir(exist_ok=True)
+        path: Path = folder / f"{name}.toy"
+        path.write_text(name)
+        return path
+
+    return file

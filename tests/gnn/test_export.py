@@ -6,21 +6,23 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ase.io import read as ase_read
+from toys import make, structure
 
 from wattier_gnn import export as export_module
 from wattier_gnn.datasets import READERS
 from wattier_gnn.export import export_store, verify
-from wattier_gnn.ingest import ingest
+from wattier_gnn.ingest import ingest, read_cleaning
 from wattier_gnn.sample import sample_path
 from wattier_gnn.splits import SPLIT_NAMES
 from wattier_gnn.store import Store
-from wattier_gnn.structure import DataError
+from wattier_gnn.structure import BadRecord, DataError, ShardError
 
 SETTINGS: dict[str, Any] = {
     "cutoff_angstrom": 2.5, "max_force_ev_per_angstrom": 100.0, "on_bad": "skip", "seed": 1, "workers": 1,
@@ -66,6 +68,51 @@ def test_it_says_nothing_of_this_machine(release: Path, store: Store) -> None:
         assert str(sample_path("qm7x").parent) not in (release / name).read_text()
     assert "modified_ns" in store.meta["by_source"]["qm7x"]["files"][0]
     assert "modified_ns" not in (release / "manifest.json").read_text()
+
+
+def test_what_it_says_of_bad_files_names_no_folder(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    path = tmp_path / "toys" / "a.toy"
+    toy("a", [BadRecord(f"{path}: 3: is bad"), structure(0), ShardError(f"{path}: ends early")])
+    odd, _ = make(tmp_path / "s", {"toy": path}, may_be_empty=True)
+    out = export_store(odd, tmp_path / "out", "store", lambda _: None)
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    assert read_cleaning(Store(out)).bad_records == {"toy": ["a.toy: 3: is bad"]}
+    assert read_cleaning(Store(out)).bad_shards == {"toy": ["a.toy: ends early"]}
+
+
+def test_any_name_is_read_back_by_ase(
+    toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    names = ["", " ", "a\nb", 'q"x', "back\\", "a=b c", "{x}", "007", "T", "\u2028", "_JSON 1", "\\n", "CH4", "1 2"]
+    path = toy("a", [structure(k, group=name, key=name) for k, name in enumerate(names)])
+    odd, _ = make(tmp_path / "s", {"toy": path}, may_be_empty=True)
+    out = export_store(odd, tmp_path / "out", "extxyz", lambda _: None)
+    frames = ase_read(out / "frames-00000.extxyz", index=":")
+    assert [atoms.info["group"] for atoms in frames] == names
+    assert [atoms.info["key"] for atoms in frames] == names
+    np.testing.assert_allclose([atoms.get_potential_energy() for atoms in frames], odd.energy, rtol=0, atol=1e-9)
+    with pytest.raises(DataError, match=r"is a release of frames, .* as a source: extxyz="):
+        Store(out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": "/etc/hostname"}, {"groups": "../groups-0.safetensors"}, {"groups": None}, {"sources": ["\x1b[2J"]},
+        {"sources": "qm7x"}, {"rows": {"energy": "\x1b[2J"}}, {"rows": {"energy": -1}}, {"by_source": {"[/x]": {}}},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_names_what_it_must_not_is_refused(copy: Path, change: dict[str, Any]) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    for look in (verify, Store):
+        with pytest.raises(DataError, match=rf"not a readable store \(manifest\.json: {next(iter(change))} ") as caught:
+            look(copy)
+        assert str(caught.value).isprintable()
 
 
 def test_the_card_has_the_figures(release: Path, store: Store) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
@@ -18,6 +20,8 @@ from wattier import run as steps
 from wattier.config import RunConfig
 from wattier.console import IngestConsole
 from wattier.data_cli import data_app
+from wattier.data_console import print_stats
+from wattier.data_stats import find_store, stats_info
 from wattier.errors import UserError
 from wattier.rundir import RunDir
 from wattier_gnn.pool import Progress
@@ -95,6 +99,7 @@ class TestIngest:
             (["--out", "s"], "sources is {} and store is null"),
             (["--source", "qm7x=sample"], "--out: is not given"),
             (["--source", "qm7x", "--out", "s"], "--source: is 'qm7x', but must be NAME=PATH"),
+            (["--source", "qm7x=a", "--source", "qm7x=b", "--out", "s"], "--source: names qm7x twice"),
             (["--source", "ani2x=x", "--out", "s"], "sources"),
             (["--source", "qm7x=sample", "--out", "s", "--neighbors", "maybe"], "neighbors: is 'maybe'"),
             (["--source", "qm7x=sample", "--out", "s", "--cutoff", "-1"], "cutoff_angstrom: is -1"),
@@ -128,6 +133,38 @@ class TestExport:
             data("export", store, tmp_path / "release", "--format", "csv")
         assert not (tmp_path / "release").exists()
 
+    def test_a_place_that_cannot_be_is_refused_and_left(
+        self, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").write_text("x")
+        (tmp_path / "link").symlink_to("nowhere")
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        before = sorted(path.name for path in tmp_path.iterdir())
+        for out in ("../file", "../link", "../file/below"):
+            with pytest.raises(DataError, match="cannot be made"):
+                data("ingest", "--source", "qm7x=sample", "--out", out)
+        for out in ("../file", "../link", "../file/below", "."):
+            with pytest.raises(DataError, match=r"cannot be made|is there already|is not a new folder"):
+                data("export", store, out)
+        for page in ("no/such/page.html", ".."):
+            with pytest.raises(UserError, match="--html: is "):
+                data("stats", store, "--html", page)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        assert not list((tmp_path / "here").iterdir())
+
+    def test_words_of_others_do_not_steer_the_terminal(self, store: Path, tmp_path: Path) -> None:
+        info = stats_info(store)
+        odd = "[bold]\x1b]0;pwned\x07[/x]"
+        info.cleaning.removed["qm7x"] = Counter({odd: 1})
+        info.cleaning.bad_shards[odd] = [odd]
+        info = info._replace(sources=[*info.sources, info.sources[0]._replace(source=odd)])
+        console = Console(file=io.StringIO(), force_terminal=True, width=400)
+        print_stats(info, console)
+        output = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "\x1b]" not in output
+        assert output.count(r"[bold]\x1b]0;pwned\x07[/x]") == 7
+
 
 class TestSharedStore:
     def test_runs_read_it_where_it_lies(self, store: Path, tmp_path: Path) -> None:
@@ -135,8 +172,9 @@ class TestSharedStore:
         run = RunDir.create(config)
         for _ in range(2):
             assert len(steps.prepare_data(run, config, Quiet())) == 507
-        assert run.store_path.resolve() == store.resolve()
+        assert (run.store_path / "atoms.bin").resolve() == (store / "atoms.bin").resolve()
         assert len(Store(run.store_path)) == 507
+        assert "all files have their size" in data("verify", run.store_path)
         assert not list(run.path.glob("phases/data/*"))
 
     @pytest.mark.parametrize(
@@ -159,11 +197,40 @@ class TestSharedStore:
     def test_a_run_sees_one_store_from_beginning_to_end(self, store: Path, tmp_path: Path) -> None:
         config = config_of(tmp_path, store=str(store))
         run = RunDir.create(config)
+        before = steps.prepare_data(run, config, Quiet())
+        arrays, indices = before.gather(np.arange(507)), before.indices(2)
+        data("ingest", "--source", "oc22=sample", "--out", store, "--cutoff", 2.5, "--seed", 3, "--skip-bad")
+        assert len(Store(store)) > 507
+        for after in (Store(run.store_path), steps.prepare_data(run, config, Quiet())):
+            assert after.meta == before.meta
+            assert after.groups.names == before.groups.names
+            np.testing.assert_array_equal(after.indices(2), indices)
+            for name, values in after.gather(np.arange(507)).items():
+                np.testing.assert_array_equal(values, arrays[name], err_msg=name)
+        with pytest.raises(DataError, match="Add to the store that it links to"):
+            data("ingest", "--source", "ani1x=sample", "--out", run.store_path, "--cutoff", 2.5, "--seed", 3)
+        assert steps.prepare_data(RunDir(tmp_path / "later"), config, Quiet()).sources == ("qm7x", "oc22")
+
+    def test_a_store_that_was_made_anew_is_refused(self, store: Path, tmp_path: Path) -> None:
+        config = config_of(tmp_path, store=str(store))
+        run = RunDir.create(config)
         steps.prepare_data(run, config, Quiet())
-        manifest = json.loads((store / "manifest.json").read_text())
-        (store / "manifest.json").write_text(json.dumps({**manifest, "wattier_version": "another"}))
-        with pytest.raises(UserError, match="was added to since"):
+        shutil.rmtree(store)
+        with pytest.raises(UserError, match="is not the store that"):
             steps.prepare_data(run, config, Quiet())
+        data("ingest", "--source", "qm7x=sample", "--out", store, "--cutoff", 2.5, "--seed", 4)
+        with pytest.raises(UserError, match="is not the store that"):
+            steps.prepare_data(run, config, Quiet())
+        shutil.rmtree(store)
+        data("ingest", "--source", "qm7x=sample", "--out", store, "--cutoff", 2.5, "--seed", 3)
+        assert len(steps.prepare_data(run, config, Quiet())) == 507
+
+    def test_its_figures_are_shown_before_the_run_begins(self, store: Path, tmp_path: Path) -> None:
+        config = config_of(tmp_path, store=str(store))
+        assert find_store(tmp_path / "config.yaml") == store
+        run = RunDir.create(config)
+        steps.prepare_data(run, config, Quiet())
+        assert find_store(tmp_path / "config.yaml") == run.store_path
 
     def test_it_must_be_there_and_have_all_splits(self, store: Path, tmp_path: Path) -> None:
         config = config_of(tmp_path, store=str(tmp_path / "nowhere"))

@@ -59,12 +59,10 @@ def _read_frames(path: Path) -> Iterator[Structure | BadRecord]:
 
 def _read_ids(path: Path) -> list[tuple[str, str]]:
     """(system, frame) for each line ``random17,frame3,<reference energy>`` of the file beside `path`."""
-    base = path.name.removesuffix(".xz").removesuffix(".extxyz")
-    candidates = [path.with_name(base + ".txt"), path.with_name(base + ".txt.xz")]
-    beside = next((file for file in candidates if file.is_file()), None)
+    beside = next(iter(_ids_beside(path)), None)
     if beside is None:
         raise shard_error(
-            path, "", f"has no {candidates[1].name} beside it", "released with one, which names its frames"
+            path, "", f"has no {_base(path)}.txt.xz beside it", "released with one, which names its frames"
         )
     try:
         with open_text(beside) as stream:
@@ -83,6 +81,18 @@ def _read_ids(path: Path) -> list[tuple[str, str]]:
     return ids
 
 
+def _ids_beside(path: Path) -> list[Path]:
+    """The file of ids of a file of frames, unpacked rather than packed; none where it is missing, or not due."""
+    if path.suffix in (".lmdb", ".aselmdb"):
+        return []
+    candidates = [path.with_name(f"{_base(path)}.txt"), path.with_name(f"{_base(path)}.txt.xz")]
+    return [file for file in candidates if file.is_file()][:1]
+
+
+def _base(path: Path) -> str:
+    return path.name.removesuffix(".xz").removesuffix(".extxyz")
+
+
 READER = Reader(
     "oc20",
     shards,
@@ -92,4 +102,6 @@ READER = Reader(
     method="RPBE (VASP), alloy slabs with adsorbates",
     licence="CC-BY-4.0",
     citation="Chanussot et al., ACS Catal. 11, 6059 (2021), doi:10.1021/acscatal.0c04525",
+    one_layout=True,
+    beside=_ids_beside,
 )

@@ -39,4 +39,5 @@ READER = Reader(
     method="PBE+U, spin-polarised (VASP), oxide slabs with and without adsorbates",
     licence="CC-BY-4.0",
     citation="Tran et al., ACS Catal. 13, 3066 (2023), doi:10.1021/acscatal.2c05426",
+    one_layout=True,
 )

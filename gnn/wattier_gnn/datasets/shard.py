@@ -41,6 +41,8 @@ class Reader(NamedTuple):
         method: the level of theory; None where every file may have another.
         licence: of the release; None where it is not known.
         citation: what to cite; None where it is not known.
+        one_layout: all files must have one suffix, since another layout holds the same frames under other names.
+        beside: the other files that reading a file takes, as far as they are there.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Reader(NamedTuple):
     method: str | None = None
     licence: str | None = None
     citation: str | None = None
+    one_layout: bool = False
+    beside: Callable[[Path], list[Path]] = lambda _path: []
 
 
 class Identity(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, TextIO
@@ -9,7 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io.extxyz import write_xyz
+from ase.io.extxyz import key_val_dict_to_str, key_val_str_to_dict, write_xyz
 
 
 def write_frames(file: TextIO, arrays: Mapping[str, Any], info: Mapping[str, Any]) -> None:
@@ -33,3 +34,13 @@ def write_frames(file: TextIO, arrays: Mapping[str, Any], info: Mapping[str, Any
         forces = {"forces": np.array(arrays["forces"][start:stop])} if known else {}
         atoms.calc = SinglePointCalculator(atoms, energy=float(arrays["energy"][k]), **forces)
         write_xyz(file, [atoms], write_results=True)
+
+
+def readable(text: str) -> str:
+    """What to put in a comment line so that ASE reads `text` there, as a number where it looks like one.
+
+    ASE itself writes some texts, such as an empty one or one with a line break, so that the line cannot be read again.
+    """
+    if text.isprintable() and str(key_val_str_to_dict(key_val_dict_to_str({"text": text})).get("text")) == text:
+        return text
+    return "_JSON " + json.dumps(text).replace("\\", "\\\\")  # ASE escapes quotes, and takes one backslash away
