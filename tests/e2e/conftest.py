@@ -16,7 +16,7 @@ def tiny(tmp_path: Path) -> Workplace:
     config = {
         "name": "tiny",
         "run_dir": str(tmp_path / "run"),
-        "data": {"sources": {"qm7x": "sample", "mptrj": "sample"}, "cutoff_angstrom": 4.0},
+        "data": {"sources": {"qm7x": "sample", "mptrj": "sample"}, "cutoff_angstrom": 4.0, "placement": "spread"},
         "model": {"n_layers": 1, "n_radial": 4, "head_dim": 16, "n_head_layers": 1, "forces": "vector"},
         "search": {
             "space": {
