@@ -112,6 +112,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """What is built in this test is in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def tools() -> Toolbox:
     """The builders."""

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -62,13 +61,6 @@ def ranks(emt_store: Store, on_the_fly: Store, tmp_path_factory: pytest.TempPath
     errors = [process.communicate()[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
     return {size: [np.load(folder / f"{rank}.npz") for rank in range(size)] for size, folder in folders.items()}
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.usefixtures("float64")

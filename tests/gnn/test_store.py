@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,6 @@ def folder(tmp_path: Path, structures: list[Structure]) -> Path:
 def write(folder: Path, structures: list[Structure], split: Any = None) -> Store:
     split = np.zeros(len(structures), dtype=np.int8) if split is None else np.array(split, dtype=np.int8)
     return write_store(folder, structures, split, sources=SOURCES, cutoff_angstrom=CUTOFF)
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.usefixtures("float64")
