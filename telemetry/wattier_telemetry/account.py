@@ -8,6 +8,7 @@ proportion (`Edge.cut`). Between the first and the last tick the counter is take
 
 from __future__ import annotations
 
+from wattier_telemetry.counter_check import CounterCheck
 from wattier_telemetry.edges import Edge
 from wattier_telemetry.integral import PowerIntegral, credible, most_watts, trapezoid
 from wattier_telemetry.records import Attribution, Device, Method, Reading, Share, weakest
@@ -15,10 +16,6 @@ from wattier_telemetry.rhythm import Rhythm, Tick
 from wattier_telemetry.throttling import ThrottleClock
 
 _STUCK_SECONDS, _STUCK_READINGS = 1.0, 5  # a counter that stands still so long under power is not believed
-_CHECKED_SECONDS, _CHECKED_READINGS = 3.0, 30  # before counter and power samples are held against each other
-# Samples that lie further apart may be in step with a load that pulsates, and then say little against a counter.
-_SPARSE_SECONDS, _SPARSE_READINGS = 0.5, 600
-_DISTRUST_RATIO, _DOUBT_RATIO = 2.0, 1.3
 _COARSE_SECONDS = 0.01  # a counter that is refreshed more often needs no care at the edges
 _RECENT_SECONDS = 1.0
 _OPENING_TICKS, _LATER_TICKS = 12, 2  # that may tell where the first, and the last, was
@@ -66,7 +63,7 @@ class Account:
         self._recent_watts: float | None = None  # as the counter has it
         self._unseen_seconds = 0.0  # of which nothing at all is known
         # What may contradict the counter, and how far power has been seen to swing.
-        self._counted_joules, self._sampled, self._compared = 0.0, PowerIntegral(), 0
+        self._check = CounterCheck()
         self._power = PowerIntegral()
         self._lowest_watts, self._highest_watts = float("inf"), 0.0
         self._limit_watts: float | None = None
@@ -234,10 +231,8 @@ class Account:
             )
         if self._is_stuck or self._stuck_seconds:
             found.append(f"{who}its energy counter stood still under power; power samples replace it there")
-        ratio = self._counter_to_power_ratio()
-        if ratio is not None and not 1 / _DOUBT_RATIO <= ratio <= _DOUBT_RATIO:
-            verdict = "the larger is billed" if self._is_distrusted else "the counter is billed"
-            found.append(f"{who}its energy counter says {ratio:.2f} of what its power samples say; {verdict}")
+        if doubt := self._check.warning():
+            found.append(who + doubt)
         if self._failures:
             found.append(f"{who}{self._failures} of {self._readings} readings failed, the last with: {self._failure}")
         return found
@@ -300,9 +295,7 @@ class Account:
         readings, self._pending_readings = self._pending_readings, 0
         stood = readings >= _STUCK_READINGS and pending.seconds >= self._stuck_after_seconds
         if pending.known:
-            self._counted_joules += moved
-            self._sampled.add(pending)
-            self._compared += 1
+            self._check.add(moved, pending)
         if pending.known and stood and moved < 0.5 * pending.joules:
             self._stuck_seconds += pending.seconds
             self._methods.add("integrated")
@@ -377,18 +370,6 @@ class Account:
         pending, stood = self._pending, self._pending_readings >= _STUCK_READINGS
         return pending.known and stood and pending.seconds >= self._stuck_after_seconds and pending.joules > 0
 
-    @property
-    def _is_distrusted(self) -> bool:
-        ratio = self._counter_to_power_ratio()
-        return ratio is not None and not 1 / _DISTRUST_RATIO <= ratio <= _DISTRUST_RATIO
-
-    def _counter_to_power_ratio(self) -> float | None:
-        """Return the counter's joules over those of the samples, once there are enough of both."""
-        sparse = self._sampled.seconds > _SPARSE_SECONDS * self._compared
-        needed = _SPARSE_READINGS if sparse else _CHECKED_READINGS
-        enough = self._sampled.seconds >= _CHECKED_SECONDS and self._compared >= needed
-        return self._counted_joules / self._sampled.joules if enough and self._sampled.joules > 0 else None
-
     def _is_jump(self, moved: float, seconds: float) -> bool:
         """Tell whether a counter moved by more than the device can have drawn, with a second for a late refresh."""
         return moved > most_watts(self._limit_watts) * (seconds + 1.0)
@@ -431,7 +412,7 @@ class Account:
         for late in (self._first_late_seconds, self._last_late_seconds):
             slack += max(0.0, late - free) * self._possible_watts()
         low, high = max(0.0, joules - slack), joules + slack + self._unseen_seconds * self._possible_watts()
-        if self._is_distrusted:
+        if self._check.is_distrusted:
             self._methods.add("integrated")
             low, high = min(low, self._power.joules), max(high, self._power.joules)
             joules = max(joules, self._power.joules)

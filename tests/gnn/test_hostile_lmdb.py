@@ -19,6 +19,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from sound_files import write_good
 
 from wattier_gnn.datasets import READERS, safe_pickle
 from wattier_gnn.datasets.lmdb_file import LmdbFile
@@ -31,23 +32,7 @@ N_RECORDS = 8
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """An OC22 file of eight sound records."""
-    rng = np.random.default_rng(0)
-    structures = [
-        Structure(
-            numbers=np.array([6, 8], dtype=np.int64),
-            positions_angstrom=rng.normal(size=(2, 3)),
-            cell_angstrom=5 * np.eye(3),
-            pbc=(True, True, True),
-            energy_ev=-1.0,
-            forces_ev_per_angstrom=rng.normal(size=(2, 3)),
-            source="oc22",
-            group="1",
-            key=f"1/{index}",
-        )
-        for index in range(N_RECORDS)
-    ]
-    layouts.write_oc22(tmp_path / "data.0000.lmdb", structures, [[1, 2]] * N_RECORDS)
-    return tmp_path / "data.0000.lmdb"
+    return write_good(tmp_path, "oc22", N_RECORDS)
 
 
 def put(path: Path, key: bytes, value: bytes | None) -> None:
