@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 SOURCES := platform telemetry gnn dashboards tests
 
-.PHONY: help setup setup-dev quickstart check test dashboards bench clean
+.PHONY: help setup setup-dev setup-bench quickstart check test dashboards bench clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,10 @@ test: check ## everything that must hold: check, then all tests
 dashboards: setup-dev ## regenerate the Grafana dashboards
 	$(BIN)/python dashboards/build.py
 
-bench: setup-dev ## side-by-side timings; they gate nothing
+setup-bench: setup-dev ## the same, with the searches that ours is held against
+	@$(PYTHON) .ci/setup.py bench "$(TORCH_INDEX)"
+
+bench: setup-bench ## side-by-side timings; they gate nothing
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_model.py
 	$(BIN)/python tests/bench_training.py

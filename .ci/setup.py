@@ -1,7 +1,7 @@
 # ruff: noqa  (old on purpose: it must parse under any Python, to say which one is needed)
 """Make or update the virtual environment; does nothing when it is up to date.
 
-usage: python3 .ci/setup.py EXTRA [TORCH_INDEX]     EXTRA: platform or dev
+usage: python3 .ci/setup.py EXTRA [TORCH_INDEX]     EXTRA: platform, dev or bench
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import sys
 VENV = ".venv"
 NEEDED_PYTHON = (3, 11)
 NEEDED_BYTES = 4 * 1024**3
-EXTRAS = ("platform", "dev")  # each holds the one before
+EXTRAS = ("platform", "dev", "bench")  # each holds the one before
 
 
 def main():
