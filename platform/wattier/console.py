@@ -45,9 +45,9 @@ COLUMNS_OF_LEDGER: tuple[tuple[str, JustifyMethod], ...] = (
 class RunConsole:
     """Progress of a run. Use as a context manager: in a terminal it shows the running trials live."""
 
-    def __init__(self, run: RunDir, console: Console | None = None) -> None:
+    def __init__(self, run: RunDir, console: Console | None = None, *, quiet: bool = False) -> None:
         self.run = run
-        self.console = console or make_console()
+        self.console = console or make_console(quiet=quiet)
         self._started = time.monotonic()
         self._live: Live | None = None
         self._status = Text()
@@ -161,10 +161,10 @@ class _Seldom:
             self._say(progress_text(done))
 
 
-def make_console() -> Console:
+def make_console(*, quiet: bool = False) -> Console:
     """A terminal's own width; a fixed one where there is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    console = Console(highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(highlight=False, quiet=quiet, width=PLAIN_WIDTH)
 
 
 def running_table(path: Path) -> Table:

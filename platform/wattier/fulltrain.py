@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from wattier.config import RunConfig
 from wattier.errors import UserError
+from wattier.funnel import run_stage
 from wattier.launch import Launcher, Stage
+from wattier.policy import FixedPolicy
 from wattier.records import Fidelity, Proposal, Selection, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir
-from wattier.search import FixedPolicy, run_stage
 from wattier.trial import RunTrial
 
 

@@ -8,7 +8,8 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
@@ -23,11 +24,20 @@ from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result
 from wattier_gnn.distributed import World
 
 
+class NotNow(Enum):
+    """A policy's answer while it waits for a running trial to end."""
+
+    LATER = "later"
+
+
+LATER = NotNow.LATER
+
+
 class Policy(Protocol):
     """What to try next, and whether to go on with it. One thread calls it."""
 
-    def propose(self) -> Proposal | None:
-        """The next trial to start, or None when there is none left."""
+    def propose(self) -> Proposal | None | NotNow:
+        """The next trial to start, None when there is none left, or LATER, which needs a trial that runs."""
 
     def on_epoch(self, trial_id: str, record: EpochRecord) -> bool:
         """Whether a trial may go on after an epoch; told the same epoch twice it gives the same answer."""
@@ -64,7 +74,7 @@ class Stage:
         folder = self.run.trial_folder(self.fidelity.stage, proposal.trial_id)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").unlink(missing_ok=True)
-        write_json(folder / "trial.json", {"trial_id": proposal.trial_id, "params": proposal.params})
+        write_json(folder / "trial.json", asdict(proposal))
         return self.spec(proposal)
 
     def outcome(self, proposal: Proposal, error: str | None) -> TrialResult:
@@ -78,7 +88,8 @@ class Stage:
     def recorded(self, path: Path) -> TrialResult:
         """What a ``result.json`` holds; a user's own trial need not know what counts as throttled."""
         result = decode(path, TrialResult.from_dict, read_json(path))
-        return result.flagged(self.config.telemetry.throttled_share)
+        limits = self.config.search.constraints.limits()
+        return result.flagged(self.config.telemetry.throttled_share, limits)
 
 
 OnResult = Callable[[TrialResult], None]

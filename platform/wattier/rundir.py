@@ -39,6 +39,7 @@ class RunDir:
         self.path = path.absolute()
         self.config_path = self.path / "config.yaml"
         self.trials_path = self.path / "trials.jsonl"
+        self.search_path = self.path / "search.json"
         self.selection_path = self.path / "selection.json"
         self.evaluation_path = self.path / "evaluation.json"
         self.report_path = self.path / "report.html"
