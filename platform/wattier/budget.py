@@ -77,8 +77,8 @@ class Budget:
             return Verdict.STOP
         if self.limits.seconds is not None and spent.seconds + (seconds or 0.0) > self.share * self.limits.seconds:
             self.refused = (
-                f"{format_seconds(spent.seconds)} of {format_seconds(self.limits.seconds)} are spent, and the next trial "
-                f"would take {format_seconds(seconds)}"
+                f"{format_seconds(spent.seconds)} of {format_seconds(self.limits.seconds)} are spent, and the next "
+                f"trial would take {format_seconds(seconds)}"
             )
             return Verdict.STOP
         return self._energy_verdict(key, joules)

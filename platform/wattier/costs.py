@@ -99,7 +99,8 @@ def refuse_small_budget(config: RunConfig, costs: Costs) -> None:
         need = f"the cheapest trial of stage {section.name!r} needs about {text}" if needed else "must be above 0"
         figure = "" if needed is None else f" ({needed:.3g})"
         raise UserError(
-            f"search.budget.{name}: is {limit:g}, but {need}{figure}. Give more, or lower the stage's epochs or structures."
+            f"search.budget.{name}: is {limit:g}, but {need}{figure}. Give more, or lower the stage's epochs or "
+            "structures."
         )
 
 

@@ -69,9 +69,7 @@ class DevicePrior(NamedTuple):
         if work.ranks == 1:
             return 0.0
         sent = 2 * 4 * work.parameters * (work.ranks - 1) / work.ranks
-        return work.steps * (
-            sent / self.exchange_bytes_per_second + self.exchange_seconds * math.log2(work.ranks)
-        )
+        return work.steps * (sent / self.exchange_bytes_per_second + self.exchange_seconds * math.log2(work.ranks))
 
 
 # Ratios between the terms where no device was asked: a core of a server. Its scale says little.

@@ -126,7 +126,8 @@ def on_front(run: RunDir, config: RunConfig) -> list[TrialResult]:
     ranked = promoted_trials(run.trials(), stage_names(config)[-1], len(run.trials()), objectives)
     if objectives.count == 1:
         return ranked[:1]
-    ranks = non_dominated_ranks([objectives.of_result(trial) for trial in ranked] if ranked else [])
+    values = [point for trial in ranked if (point := objectives.of_result(trial)) is not None]
+    ranks = non_dominated_ranks(values)
     return sorted((t for t, rank in zip(ranked, ranks, strict=True) if rank == 0), key=lambda t: t.val_loss or 0.0)
 
 

@@ -36,7 +36,7 @@ LATER = NotNow.LATER
 class Policy(Protocol):
     """What to try next, and whether to go on with it. One thread calls it."""
 
-    def propose(self) -> Proposal | None | NotNow:
+    def propose(self) -> Proposal | NotNow | None:
         """The next trial to start, None when there is none left, or LATER, which needs a trial that runs."""
 
     def on_epoch(self, trial_id: str, record: EpochRecord) -> bool:
@@ -123,6 +123,8 @@ class InlineLauncher:
         check_local_resources(stage)
         self._exporters.ensure(ExporterPlan.of(stage.run, stage.config.telemetry))
         while (proposal := policy.propose()) is not None:
+            if proposal is LATER:
+                raise RuntimeError("the policy waits for a trial to end, but none runs")
             spec = stage.open_trial(proposal)
             error = self._run_one(stage, spec, policy, run_trial)
             result = stage.outcome(proposal, error)

@@ -1,13 +1,13 @@
 """A search over a model of your own: all that Wattier needs is a function that trains it and reports epochs.
 
-    def run_trial(trial):
-        model = MyModel(width=trial.params["width"])
-        for _ in range(trial.epochs):
-            loss = model.train_one_epoch(trial.params["learning_rate"])
-            if not trial.report(loss):
-                return
+def run_trial(trial):
+    model = MyModel(width=trial.params["width"])
+    for _ in range(trial.epochs):
+        loss = model.train_one_epoch(trial.params["learning_rate"])
+        if not trial.report(loss):
+            return
 
-    found = wattier.search(space, run_trial, stages, budget={"kilowatt_hours": 1.0}, run_dir="runs/mine")
+found = wattier.search(space, run_trial, stages, budget={"kilowatt_hours": 1.0}, run_dir="runs/mine")
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from wattier_telemetry.journal import Journal
 STATED = "stated"
 
 
-class StopTrial(Exception):
+class StopTrial(Exception):  # noqa: N818  (it is no error)
     """Raised by `Trial.report` when it is called again after it said that the trial is over."""
 
 
@@ -67,7 +66,7 @@ class Trial:
         self._context, self._energy = context, energy
         self._epoch_began = time.monotonic()
 
-    def report(
+    def report(  # noqa: PLR0913
         self,
         val_loss: float,
         *,
@@ -195,8 +194,8 @@ class _Energy:
         if not self.stated:
             if joules is not None or seconds is not None:
                 raise TypeError(
-                    "report: energy_joules is stated, but this run measures it. Set telemetry.source to stated, or leave "
-                    "energy_joules and seconds out"
+                    "report: energy_joules is stated, but this run measures it. Set telemetry.source to stated, or "
+                    "leave energy_joules and seconds out"
                 )
             self.meter.so_far()
         else:
@@ -262,7 +261,8 @@ def _report_final(trial: Trial, final: Any) -> None:
     """A function may return its final loss in the place of reports."""
     if final is None:
         raise TypeError(
-            "run_trial ended without a report, but must call trial.report(val_loss) once an epoch, or return its final loss"
+            "run_trial ended without a report, but must call trial.report(val_loss) once an epoch, or return its final "
+            "loss"
         )
     trial.report(_real("the returned loss", final), epoch=trial.epochs)
 
@@ -275,8 +275,8 @@ def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: 
     diverged = last.val_loss is None
     if last.epoch < trial.epochs and not trial.stopped:
         raise RuntimeError(
-            f"run_trial returned after epoch {last.epoch} of {trial.epochs}, though report() said to go on; trials of a "
-            "stage must be alike. Train all epochs, or return the final loss"
+            f"run_trial returned after epoch {last.epoch} of {trial.epochs}, though report() said to go on; trials of "
+            "a stage must be alike. Train all epochs, or return the final loss"
         )
     status: Status = "complete" if last.epoch >= trial.epochs and not diverged else "pruned"
     energy = bill(context.folder)
@@ -305,15 +305,15 @@ def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: 
 def _real(name: str, value: Any) -> float:
     """A number as a float, NumPy's and torch's included."""
     try:
-        if isinstance(value, bool | str | bytes):
-            raise TypeError
-        return float(value)
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"report: {name} is {value!r}, but must be a number") from error
+    if isinstance(value, bool | str | bytes):
+        raise TypeError(f"report: {name} is {value!r}, but must be a number")
+    return number
 
 
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 0:
         raise TypeError(f"report: {name} is {value!r}, but must be a whole number, not negative")
     return int(value)
-

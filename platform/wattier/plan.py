@@ -77,7 +77,7 @@ def plan_info(run: RunDir, config: RunConfig, costs: Costs, store: Store | None)
     return PlanInfo(tuple(phases), _total(phases), basis, budgets[0], budgets[1])
 
 
-def _planned(  # noqa: PLR0913
+def _planned(  # noqa: PLR0913, PLR0917
     phase: str, trials: int, fidelity: Fidelity, config: RunConfig, costs: Costs, store: Store | None, *, stops: bool
 ) -> PlannedPhase:
     points = random_points(typed_space(config), SAMPLED, config.seed)
@@ -98,12 +98,20 @@ def _planned(  # noqa: PLR0913
 
 
 def _total(phases: list[PlannedPhase]) -> PlannedPhase:
-    sums = [
-        _sum_known([getattr(phase, name) for phase in phases])
-        for name in ("joules", "joules_low", "joules_high", "device_hours", "disk_bytes")
-    ]
-    trials = sum(phase.trials for phase in phases)
-    return PlannedPhase("total", trials, Fidelity("total", None, 0, 0), *sums, any(phase.stops for phase in phases))
+    def total(name: str) -> float | None:
+        return _sum_known([getattr(phase, name) for phase in phases])
+
+    return PlannedPhase(
+        "total",
+        sum(phase.trials for phase in phases),
+        Fidelity("total", None, 0, 0),
+        total("joules"),
+        total("joules_low"),
+        total("joules_high"),
+        total("device_hours"),
+        total("disk_bytes"),
+        any(phase.stops for phase in phases),
+    )
 
 
 def _sum_known(values: list[float | None]) -> float | None:

@@ -19,8 +19,8 @@ from wattier.optuna_sampler import OptunaSampler
 from wattier.priors import key_of
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, TrialResult
 from wattier.rundir import RunDir, decode, read_json
-from wattier.sampler import Ended, Known, Point, Sampler, Surrogate
-from wattier.space import Space, typed_space
+from wattier.sampler import Cost, Ended, Known, Point, Sampler, Surrogate
+from wattier.space import Space, random_points, typed_space
 
 ATTEMPTS = 5  # suggestions that are looked at before a trial is given up as too dear, or a repetition accepted
 
@@ -79,26 +79,29 @@ class SearchPolicy:
         self.exhausted = False
         self._take_up(config, promoted)
 
-    def propose(self) -> Proposal | None | NotNow:
-        """The next trial; LATER while the budget waits for one that runs; None when the stage has started all it may."""
+    def propose(self) -> Proposal | NotNow | None:
+        """The next trial; LATER while it waits for one that runs; None when the stage has started all it may."""
         while self.waiting:
             verdict = self._verdict(self.waiting[0])
             if verdict is Verdict.LATER:
                 return LATER
-            proposal = self.waiting.pop(0)
+            known = self.waiting.pop(0)
             if verdict is Verdict.START:
-                self.sampler.take(proposal.trial_id, proposal.params)
-                return self._opened(proposal)
-        if not self.free_ids:
-            return None
+                self.sampler.take(known.trial_id, known.params)
+                return self._opened(known)
+        return self._new() if self.free_ids else None
+
+    def _new(self) -> Proposal | NotNow | None:
+        """A trial of the sampler's."""
         proposal = self.held or self._suggested(self.free_ids[0])
         self.held = None
         if proposal is None:
             return LATER if self.active else None
-        if self._verdict(proposal) is Verdict.LATER:
+        verdict = self._verdict(proposal)
+        if verdict is Verdict.LATER:
             self.held = proposal
             return LATER
-        if self._verdict(proposal) is Verdict.STOP:
+        if verdict is Verdict.STOP:
             self.sampler.drop(proposal.trial_id)
             return None
         self.free_ids.pop(0)
@@ -136,7 +139,10 @@ class SearchPolicy:
                 self.waiting.append(Proposal(self._trial_id(index), dict(params)))
                 opened.add(self._trial_id(index))
         self.free_ids = [i for i in map(self._trial_id, range(self.stage.trials)) if i not in opened]
-        for trial_id, params in [*((r.trial_id, r.params) for r in done), *((p.trial_id, p.params) for p in self.waiting)]:
+        for trial_id, params in [
+            *((r.trial_id, r.params) for r in done),
+            *((p.trial_id, p.params) for p in self.waiting),
+        ]:
             trial = _Trial(params)
             for record in self.run.epochs(self.stage.name, trial_id):
                 trial.records[record.epoch] = record
@@ -196,16 +202,22 @@ class SearchPolicy:
             observations += self._observations(trial)
             if (point := self._point(trial)) is not None:
                 finished.append(point)
-        costs = self.costs
         return Known(
             observations,
             self.before.points,
             finished,
             [trial.params for trial in self.trials.values() if trial.result is None],
             [t.params for t in self.trials.values() if t.result is not None and t.result.diverged],
-            None if costs is None else lambda many: costs.joules(many, self.fidelity),
+            self._cost(),
             self.budget.joules_left,
         )
+
+    def _cost(self) -> Cost | None:
+        """Joules of a full trial of this stage, as far as somebody can say."""
+        costs, fidelity = self.costs, self.fidelity
+        if costs is None or costs.joules(random_points(self.space, 1, 0), fidelity) is None:
+            return None
+        return lambda many: costs.model.joules(many, fidelity)
 
     def _observations(self, trial: _Trial) -> list[Observation]:
         """What a trial has shown so far: its loss at rungs and at its end."""
@@ -218,7 +230,9 @@ class SearchPolicy:
             if record.val_loss is None or (epoch not in self.halving.rungs and epoch != last):
                 continue
             joules = None if record.energy_joules is None else record.energy_joules / epoch * epochs
-            values = self.objectives.values(trial.params, record.val_loss, joules, record.structures_seen / epoch * epochs)
+            values = self.objectives.values(
+                trial.params, record.val_loss, joules, record.structures_seen / epoch * epochs
+            )
             if values is not None and epoch < epochs:
                 seen.append(_observation(trial.params, epoch / epochs, values, limits, complete=False))
         if trial.result is not None and complete:

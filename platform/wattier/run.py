@@ -78,7 +78,9 @@ def run_funnel(  # noqa: PLR0913, PLR0917  (what runs, on what, and who hears of
     run_search(run, config, launcher, train_one, tell, costs=costs, objectives=objectives, n_training=n_training)
     for stage in config.search.stages:
         if (end := stage_end(run, stage.name)) is not None:
-            listener.say(f"stage {stage.name} ended with {end['missing']} of {stage.trials} trials not started: {end['reason']}")
+            listener.say(
+                f"stage {stage.name} ended with {end['missing']} of {stage.trials} trials not started: {end['reason']}"
+            )
 
 
 def trial_of(config: RunConfig) -> RunTrial:

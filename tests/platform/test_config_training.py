@@ -8,7 +8,8 @@ import yaml
 
 from wattier.config import TrainingSection, field_type, load_config
 from wattier.errors import UserError
-from wattier.search import distributions
+from wattier.optuna_sampler import distributions
+from wattier.space import typed_space
 from wattier.trial import settings_of
 from wattier_gnn.train import TrainConfig
 
@@ -126,7 +127,7 @@ def test_every_setting_with_one_value_can_be_searched(load):
         else:
             parameter = examples[kind]
         config = load(space={name: parameter})
-        assert name in distributions(config.search.space)
+        assert name in distributions(typed_space(config))
         value = parameter["choices"][-1] if "choices" in parameter else parameter["high"]
         _, training = settings_of(config, {name: value})
         assert getattr(TrainConfig(epochs=1, **training.model_dump()), name) == value
