@@ -19,10 +19,11 @@ from rich.text import Text
 from wattier.ledger import LedgerInfo, ledger_info
 from wattier.records import TrialResult
 from wattier.rundir import RunDir, read_json_lines
-from wattier.units import format_joules, format_ratio
+from wattier.units import UNKNOWN, format_bytes, format_joules, format_ratio, three_digits
 from wattier.views import selection_info
 
 if TYPE_CHECKING:
+    from wattier.plan import PlanInfo
     from wattier_gnn.pool import Progress
 
 LIVE_REFRESH_SECONDS = 1.0
@@ -228,6 +229,32 @@ def ledger_table(info: LedgerInfo) -> Table:
     table.add_section()
     table.add_row("total", format_joules(info.total.joules), info.total.method or "unknown", str(info.total.trials))
     return table
+
+
+def print_plan(info: PlanInfo, console: Console) -> None:
+    """What is left of a run, and what it will cost."""
+    table = Table(title="What is left to do", title_justify="left", title_style="bold")
+    for name in ("phase", "trials", "each trained on", "energy", "between", "device-hours", "disk"):
+        table.add_column(name, justify="left" if name in ("phase", "each trained on") else "right")
+    for row in (*info.phases, info.total):
+        if row is info.total:
+            table.add_section()
+        structures = "all" if row.fidelity.structures is None else f"{row.fidelity.structures:,}"
+        ranks = f", {row.fidelity.ranks} ranks" if row.fidelity.ranks > 1 else ""
+        each = f"{structures} structures, {row.fidelity.epochs} epochs{ranks}" if row.fidelity.epochs else ""
+        known = row.joules is not None
+        between = f"{format_joules(row.joules_low)} and {format_joules(row.joules_high)}" if known else ""
+        hours = three_digits(row.device_hours) if row.device_hours is not None else UNKNOWN
+        disk = UNKNOWN if row.disk_bytes is None else format_bytes(row.disk_bytes)
+        trials = f"{row.trials:,}"
+        table.add_row(row.phase, trials, each, format_joules(row.joules), between, hours, disk)
+    console.print(table)
+    console.print(Text(f"Projected from {info.basis}; two trials in three should lie between the bounds."))
+    if info.total.stops and info.total.trials:
+        console.print(Text("No trial stopped early: schedulers and early stopping make it less."))
+    for name, limit in (("search.budget", info.search_joules), ("full_training.budget", info.full_joules)):
+        if limit is not None:
+            console.print(Text(f"{name}: at most {format_joules(limit)}, over restarts."))
 
 
 def print_status(run: RunDir, console: Console) -> None:

@@ -104,8 +104,10 @@ def refuse_small_budget(config: RunConfig, costs: Costs) -> None:
         )
 
 
-def refuse_small_training_budget(config: RunConfig, costs: Costs, picked: Sequence[Params], fidelity: Fidelity) -> None:
-    """The same of full training, whose trials are known: the cheapest of them must fit.
+def refuse_small_training_budget(
+    run: RunDir, config: RunConfig, costs: Costs, picked: Sequence[Params], fidelity: Fidelity
+) -> None:
+    """The same of full training, whose trials are known: before the first of them, the cheapest must fit.
 
     Raises:
         UserError: with the figure that is needed.
@@ -113,7 +115,7 @@ def refuse_small_training_budget(config: RunConfig, costs: Costs, picked: Sequen
     budget = config.full_training.budget
     known = costs.joules(picked, fidelity) if picked else None
     limit = None if budget is None else budget.energy_joules
-    if limit is None:
+    if limit is None or run.trials(fidelity.stage):
         return
     needed = None if known is None else float(known.min())
     if limit <= 0 or (needed is not None and limit < needed):

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from wattier.config import RunConfig
 from wattier.costs import SAMPLED, Costs
+from wattier.errors import UserError
 from wattier.funnel import fidelity_of, is_over
+from wattier.prepare import recipe_of, source_paths
 from wattier.records import Fidelity
 from wattier.rundir import FULL_STAGE, RunDir
 from wattier.space import random_points, typed_space
 from wattier.trial import model_config, settings_of
 from wattier.workload import disk_bytes
+from wattier_gnn.ingest import ingest
 from wattier_gnn.store import Store
+
+MOST_BYTES = 200e6  # of files that are read for a plan; they take some tens of seconds
 
 
 class PlannedPhase(NamedTuple):
@@ -50,6 +59,36 @@ class PlanInfo(NamedTuple):
     basis: str
     search_joules: float | None  # budget of the search, and of full training; None = no limit
     full_joules: float | None
+
+
+@contextmanager
+def store_for_plan(run: RunDir, config: RunConfig) -> Iterator[Store | None]:
+    """The data that decide the price: the run's store, a shared one, or small files read for the moment.
+
+    Raises:
+        UserError: the data are large and not prepared yet.
+    """
+    if config.trial is not None:
+        yield None
+    elif run.store_manifest_path.exists():
+        yield Store(run.store_path)
+    elif config.data.store is not None:
+        yield Store(Path(config.data.store).expanduser())
+    else:
+        paths = source_paths(config.data.sources)
+        if _bytes_of(paths.values()) > MOST_BYTES:
+            raise UserError(
+                "data: are not prepared yet, but the sizes of their structures decide the price. Prepare them with "
+                "`wattier data ingest`, which costs little, and name the store in data.store."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = recipe_of(config.data, config.seed)
+            yield ingest(paths, Path(folder) / "store", **recipe, say=lambda _: None, progress=lambda _: None)
+
+
+def _bytes_of(paths: Iterable[Path]) -> int:
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def plan_info(run: RunDir, config: RunConfig, costs: Costs, store: Store | None) -> PlanInfo:

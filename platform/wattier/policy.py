@@ -256,21 +256,56 @@ class SearchPolicy:
 
 
 class FixedPolicy:
-    """Runs given trials, and lets every one go on to its end."""
+    """Runs given trials as far as the budget goes, and lets every one go on to its end."""
 
-    def __init__(self, proposals: Sequence[Proposal]) -> None:
+    def __init__(
+        self,
+        proposals: Sequence[Proposal],
+        *,
+        fidelity: Fidelity | None = None,
+        budget: Budget | None = None,
+        costs: Costs | None = None,
+    ) -> None:
         self.waiting = list(proposals)
+        self.refused: dict[str, str] = {}  # trial id -> why it was not started
+        self.fidelity, self.budget, self.costs = fidelity, budget, costs
 
-    def propose(self) -> Proposal | None:
-        """The next of the given trials."""
-        return self.waiting.pop(0) if self.waiting else None
+    def propose(self) -> Proposal | NotNow | None:
+        """The next of the given trials that can be paid; LATER while that depends on one that runs."""
+        while self.waiting:
+            proposal = self._projected(self.waiting[0])
+            if self.budget is None or self.fidelity is None:
+                return self.waiting.pop(0)
+            verdict = self.budget.verdict(
+                self.fidelity.stage, proposal.trial_id, proposal.projected_joules, proposal.projected_seconds
+            )
+            if verdict is Verdict.LATER:
+                return LATER
+            self.waiting.pop(0)
+            if verdict is Verdict.START:
+                self.budget.opened(self.fidelity.stage, proposal.trial_id, proposal.projected_joules)
+                return proposal
+            self.refused[proposal.trial_id] = self.budget.refused or "the budget is spent"
+        return None
 
     def on_epoch(self, trial_id: str, record: EpochRecord) -> bool:  # noqa: ARG002
         """Always go on."""
         return True
 
     def on_result(self, result: TrialResult) -> None:
-        """Nothing to learn."""
+        """Learn what it cost."""
+        if self.budget is not None:
+            self.budget.ended(result)
+        if self.costs is not None:
+            self.costs.learn(result)
+
+    def _projected(self, proposal: Proposal) -> Proposal:
+        if self.costs is None or self.fidelity is None:
+            return proposal
+        due = self.costs.project(proposal.params, self.fidelity)
+        if due is None:
+            return proposal
+        return replace(proposal, projected_joules=due.joules, projected_seconds=due.seconds)
 
 
 def sampler_for(config: RunConfig, space: Space, seed: int) -> Sampler:

@@ -111,7 +111,8 @@ def train(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener
     totals = {FULL_STAGE: len(selection.picked) if selection else 0}
     if selection and untrained(run, selection):
         listener.phase("full training")
-    members = train_members(run, config, launcher, run_trial, _teller(run, totals, listener))
+    costs = costs_of(run, config, Store(run.store_path))
+    members = train_members(run, config, launcher, run_trial, _teller(run, totals, listener), costs)
     if missing := totals[FULL_STAGE] - len(members):
         listener.say(f"warning: {missing} of {totals[FULL_STAGE]} picks failed to train and are no members; see above")
     return members
