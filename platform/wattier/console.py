@@ -249,7 +249,7 @@ def print_plan(info: PlanInfo, console: Console) -> None:
         trials = f"{row.trials:,}"
         table.add_row(row.phase, trials, each, format_joules(row.joules), between, hours, disk)
     console.print(table)
-    console.print(Text(f"Projected from {info.basis}; two trials in three should lie between the bounds."))
+    console.print(Text(f"Rests on: {info.basis}. Two trials in three should lie between the bounds."))
     if info.total.stops and info.total.trials:
         console.print(Text("No trial stopped early: schedulers and early stopping make it less."))
     for name, limit in (("search.budget", info.search_joules), ("full_training.budget", info.full_joules)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -160,7 +161,8 @@ def _sampler(name: str, seed: int) -> BaseSampler:
     if name == "nsga2":
         return NSGAIISampler(seed=seed, population_size=POPULATION)
     if name == "nsga3":
-        return NSGAIIISampler(seed=seed, population_size=POPULATION)
+        with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+            return NSGAIIISampler(seed=seed, population_size=POPULATION)
     if name == "gp":
         return GPSampler(seed=seed, n_startup_trials=N_STARTUP_TRIALS)
     if name == "cmaes":

@@ -15,9 +15,9 @@ from wattier.evaluate import evaluate_run, member_summary
 from wattier.fulltrain import train_members, trained_members, untrained
 from wattier.funnel import is_over, run_search, stage_end
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
-from wattier.metering import metered
+from wattier.metering import check_source, metered
 from wattier.objectives import Converge, Objectives
-from wattier.own_model import own_trial_of
+from wattier.own_model import STATED, own_trial_of
 from wattier.prepare import prepare_data
 from wattier.records import Fidelity, Params, Selection, TrialResult
 from wattier.release import export_release
@@ -68,6 +68,8 @@ def run_funnel(  # noqa: PLR0913, PLR0917  (what runs, on what, and who hears of
     if all(is_over(run, config, stage) for stage in config.search.stages):
         return
     totals = {stage.name: stage.trials for stage in config.search.stages}
+    if config.telemetry.source != STATED and runs_here(config):
+        check_source(config.telemetry)
     costs = costs_of(run, config, store)
     if not run.trials():
         refuse_small_budget(config, costs)
