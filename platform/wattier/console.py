@@ -16,11 +16,14 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from wattier.budget import Budget
+from wattier.config import RunConfig
+from wattier.funnel import stage_end, stage_names
 from wattier.ledger import LedgerInfo, ledger_info
 from wattier.records import TrialResult
 from wattier.rundir import RunDir, read_json_lines
-from wattier.units import UNKNOWN, format_bytes, format_joules, format_ratio, three_digits
-from wattier.views import selection_info
+from wattier.units import UNKNOWN, format_bytes, format_joules, format_ratio, format_seconds, three_digits
+from wattier.views import projection_info, selection_info
 
 if TYPE_CHECKING:
     from wattier.plan import PlanInfo
@@ -257,6 +260,18 @@ def print_plan(info: PlanInfo, console: Console) -> None:
             console.print(Text(f"{name}: at most {format_joules(limit)}, over restarts."))
 
 
+def _spent(run: RunDir, config: RunConfig) -> str:
+    budget, spent = config.search.budget, Budget(config.search.budget, run, stage_names(config)).spent()
+    parts = []
+    if budget is not None and budget.energy_joules is not None:
+        parts.append(f"{format_joules(spent.joules)} of {format_joules(budget.energy_joules)}")
+    if budget is not None and budget.seconds is not None:
+        parts.append(f"{format_seconds(spent.seconds)} of {format_seconds(budget.seconds)}")
+    if budget is not None and budget.trials is not None:
+        parts.append(f"{spent.trials} of {budget.trials} trials")
+    return f"{', '.join(parts)} spent" if parts else "no limit"
+
+
 def print_status(run: RunDir, console: Console) -> None:
     """Where a run stands."""
     config = run.config()
@@ -267,6 +282,13 @@ def print_status(run: RunDir, console: Console) -> None:
         counts["throttled"] = sum(result.throttled for result in results)
         known = ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "nothing yet"
         console.print(Text(f"  search:{stage.name}: {len(results)}/{stage.trials} trials, {known}"))
+        if (end := stage_end(run, stage.name)) is not None:
+            console.print(Text(f"    {end['missing']} trials were not started: {end['reason']}"))
+    for row in projection_info(run):
+        error = format_ratio(row.median_error_ratio)
+        console.print(Text(f"  projected joules of {row.stage}: half of {row.trials} off by less than {error}"))
+    if config.search.budget is not None:
+        console.print(Text(f"  search budget: {_spent(run, config)}"))
     selection = run.selection()
     console.print(Text(f"  selection: {', '.join(selection.picked) if selection else 'not yet'}"))
     full = run.trials("full")
