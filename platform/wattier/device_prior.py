@@ -6,9 +6,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from wattier.workload import Workload
+if TYPE_CHECKING:  # which imports torch
+    from wattier.workload import Workload
 
 N_TERMS = 8  # of a trial's seconds and joules, see `DevicePrior.seconds`
 RATED_WATTS_PER_CORE = 10.0  # as the estimated power source has it
@@ -69,9 +70,7 @@ class DevicePrior(NamedTuple):
         if work.ranks == 1:
             return 0.0
         sent = 2 * 4 * work.parameters * (work.ranks - 1) / work.ranks
-        return work.steps * (
-            sent / self.exchange_bytes_per_second + self.exchange_seconds * math.log2(work.ranks)
-        )
+        return work.steps * (sent / self.exchange_bytes_per_second + self.exchange_seconds * math.log2(work.ranks))
 
 
 # Ratios between the terms where no device was asked: a core of a server. Its scale says little.
@@ -106,7 +105,7 @@ def probe_device(name: str, *, watts: float, threads: int = 1, on_gpu: bool = Fa
             x = small
             for _ in range(SMALL_OPERATORS):
                 x = x * 1.5
-            x.sum().backward()
+            torch.autograd.backward(x.sum())
 
         product = _median_seconds(lambda: torch.mm(a, b), wait)
         copy = _median_seconds(lambda: other.copy_(big), wait)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,9 @@ from wattier.cost_encoding import Encoding, amount, encoded_fidelity
 from wattier.cost_regression import CostRegression, Rows
 from wattier.device_prior import ANY_DEVICE, N_TERMS, DevicePrior
 from wattier.records import Fidelity, Params
-from wattier.workload import Workload
+
+if TYPE_CHECKING:  # which imports torch
+    from wattier.workload import Workload
 
 MOST_ROWS = 192  # that are learned from at once; a refit stays within some tens of milliseconds
 UNKNOWN_SCALE, UNKNOWN_RATIO = 1e9, 10.0
@@ -45,9 +48,9 @@ class Projection(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One observation: order decides nothing, so rows are sorted by `key`."""
+    """One observation: order decides nothing, so rows are sorted by `key`, a hash of all else."""
 
-    key: int
+    key: bytes
     params: Params
     fidelity: Fidelity
     share: float
@@ -110,20 +113,20 @@ class EnergyModel:
             return
         workload = self._workload(params, fidelity) if self._workload else None
         text = f"{sorted(params.items(), key=repr)} {fidelity} {share} {kept_joules} {kept_seconds} {method}"
-        self._rows.append(
-            _Row(
-                zlib.crc32(text.encode()), params, fidelity, share, workload, kept_joules, kept_seconds,
-                method if kept_joules is not None else None,
-            )
+        row = _Row(
+            hashlib.blake2b(text.encode(), digest_size=8).digest(), params, fidelity, share, workload, kept_joules,
+            kept_seconds, method,
         )  # fmt: skip
+        bisect.insort(self._rows, row, key=lambda row: row.key)
         self._fits.clear()
 
     def project(self, params: Params, fidelity: Fidelity) -> Projection:
         """What a trial will cost."""
-        values: list[float] = []
-        for fit in (self._fit("joules"), self._fit("seconds")):
-            values += fit.interval(params, fidelity) if fit else (math.nan,) * 3
-        return Projection(*values, basis=self._basis(fidelity))
+        unknown = (math.nan,) * 3
+        joules, seconds = (
+            fit.interval(params, fidelity) if fit else unknown for fit in (self._fit("joules"), self._fit("seconds"))
+        )
+        return Projection(*joules, *seconds, self._basis(fidelity))
 
     def joules(self, many: Sequence[Params], fidelity: Fidelity) -> NDArray[np.float64]:
         """Median joules of many trials [n]; NaN = unknown, see `Projection`."""
@@ -228,8 +231,7 @@ class _Fit:
 
 
 def _some_of(rows: list[_Row]) -> list[_Row]:
-    """At most MOST_ROWS, shared out over fidelities as evenly as they allow; the same whatever their order was."""
-    rows = sorted(rows, key=lambda row: (row.key, repr(row.params)))
+    """At most MOST_ROWS, shared out over fidelities as evenly as they allow; rows are in the order of their keys."""
     if len(rows) <= MOST_ROWS:
         return rows
     piles: dict[Fidelity, list[_Row]] = {}

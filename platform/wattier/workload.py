@@ -19,12 +19,15 @@ from wattier_gnn.model import ModelConfig
 from wattier_gnn.sampling import choose_subset, source_shares
 from wattier_gnn.splits import TRAIN, VAL
 from wattier_gnn.store import Store
-from wattier_gnn.workload import FLOAT_BYTES, Work, model_work, n_parameters
+from wattier_gnn.workload import FLOAT_BYTES, model_work
 
 # Reads and writes of a parameter in a step: AdamW's 7, clipping, zeroing and adding up the gradient, the average.
 OPTIMIZER_PASSES = 15
 OPTIMIZER_OPERATIONS_A_LAYER, STEP_OPERATIONS = 25, 100  # averaging weights, one tensor at a time; loss and clipping
 CHECKPOINT_OVERHEAD_BYTES = 50_000  # names, states of generators, counters
+
+
+_model_work = lru_cache(maxsize=4096)(model_work)  # most hyper-parameters have no part in it
 
 
 class Workload(NamedTuple):
@@ -78,6 +81,7 @@ def workload_of(config: RunConfig, store: Store) -> Callable[[Params, Fidelity],
         "cutoff_angstrom": store.meta["cutoff_angstrom"],
     }
     training = config.training.model_dump()
+    model_keys, training_keys = frozenset(ModelSection.model_fields), frozenset(TrainingSection.model_fields)
     val = _split(store, store.indices(VAL))
 
     @lru_cache(maxsize=64)
@@ -85,8 +89,8 @@ def workload_of(config: RunConfig, store: Store) -> Callable[[Params, Fidelity],
         return _split(store, choose_subset(store.indices(TRAIN), store.source_index, structures, config.seed))
 
     def workload(params: Params, fidelity: Fidelity) -> Workload:
-        chosen = model | {k: v for k, v in params.items() if k in ModelSection.model_fields}
-        how = training | {k: v for k, v in params.items() if k in TrainingSection.model_fields}
+        chosen = model | {k: v for k, v in params.items() if k in model_keys}
+        how = training | {k: v for k, v in params.items() if k in training_keys}
         work = _workload(ModelConfig(**chosen), how, train(fidelity.structures), val, fidelity, store.sources)
         # Ray keeps its actors from one trial to the next; inline, further ranks are children of this trial.
         return work._replace(starts=fidelity.ranks - 1) if config.launcher == "inline" else work
@@ -94,13 +98,14 @@ def workload_of(config: RunConfig, store: Store) -> Callable[[Params, Fidelity],
     return workload
 
 
-def disk_bytes(config: ModelConfig, *, averaged: bool) -> int:
+def disk_bytes(parameters: int, *, averaged: bool) -> int:
     """What a trial leaves on the disk: weights in ``best.pt``; weights, average and moments in ``last.pt``.
 
-    averaged: an average of the weights is kept (`ema_decay` above 0). Its log and journals, some kilobytes, are not in.
+    averaged: an average of the weights is kept (`ema_decay` above 0). The log and the journals, some kilobytes, are
+    not in.
     """
     copies = 1 + 1 + 2 + int(averaged)
-    return copies * FLOAT_BYTES * n_parameters(config) + 2 * CHECKPOINT_OVERHEAD_BYTES
+    return copies * FLOAT_BYTES * parameters + 2 * CHECKPOINT_OVERHEAD_BYTES
 
 
 def _workload(  # noqa: PLR0913, PLR0917
@@ -113,26 +118,22 @@ def _workload(  # noqa: PLR0913, PLR0917
     atoms, edges = train.means(shares)
     val_atoms, val_edges = val.means(None)
     steps, val_steps = _steps(how, drawn, atoms, edges), _steps(how, validated, val_atoms, val_edges)
-    in_step = drawn * edges / steps / fidelity.ranks
-    trained = model_work(model, atoms, edges, in_step)
-    checked = trained if (atoms, edges) == (val_atoms, val_edges) else model_work(model, val_atoms, val_edges, in_step)
-    optimiser_bytes = OPTIMIZER_PASSES * FLOAT_BYTES * trained.parameters * fidelity.ranks
+    in_step = drawn * edges / max(steps, 1.0) / fidelity.ranks if model.edge_chunk else 0.0
+    work = _model_work(model, in_step)
+    optimiser_bytes = OPTIMIZER_PASSES * FLOAT_BYTES * work.parameters * fidelity.ranks
+    step_operations = work.training_operations + OPTIMIZER_OPERATIONS_A_LAYER * model.n_layers + STEP_OPERATIONS
+    flops = drawn * work.training_flops.of(atoms, edges) + validated * work.inference_flops.of(val_atoms, val_edges)
+    moved = drawn * work.training_bytes.of(atoms, edges) + validated * work.inference_bytes.of(val_atoms, val_edges)
     return Workload(
-        flops=fidelity.epochs * (drawn * trained.training_flops + validated * checked.inference_flops),
-        bytes_moved=fidelity.epochs
-        * (drawn * trained.training_bytes + validated * checked.inference_bytes + steps * optimiser_bytes),
-        operations=fidelity.epochs
-        * (steps * _step_operations(model, trained) + val_steps * checked.inference_operations),
+        flops=fidelity.epochs * flops,
+        bytes_moved=fidelity.epochs * (moved + steps * optimiser_bytes),
+        operations=fidelity.epochs * (steps * step_operations + val_steps * work.inference_operations),
         structures=fidelity.epochs * (drawn + validated),
         steps=fidelity.epochs * steps,
         epochs=fidelity.epochs,
-        parameters=trained.parameters,
+        parameters=work.parameters,
         ranks=fidelity.ranks,
     )
-
-
-def _step_operations(model: ModelConfig, work: Work) -> float:
-    return work.training_operations + OPTIMIZER_OPERATIONS_A_LAYER * model.n_layers + STEP_OPERATIONS
 
 
 def _steps(how: dict[str, Any], structures: float, atoms: float, edges: float) -> float:
