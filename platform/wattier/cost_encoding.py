@@ -26,8 +26,8 @@ class Encoding:
         self, params: Iterable[Params], space: Mapping[str, RangeParameter | ChoiceParameter] | None = None
     ) -> None:
         seen: dict[str, set[Any]] = {}
-        for values in params:
-            for name, value in values.items():
+        for observed in params:
+            for name, value in observed.items():
                 seen.setdefault(name, set()).add(_hashable(value))
         for name, parameter in (space or {}).items():
             ends = [parameter.low, parameter.high] if isinstance(parameter, RangeParameter) else parameter.choices

@@ -108,7 +108,7 @@ class CostRegression:
         for _ in range(REWEIGHTINGS):
             self.scales = self._best_scales()
             self._coefficients(self._covariance(self._rows, self._rows) + np.diag(self._noise()))
-            errors = self._condition()
+            errors = self._conditioned()
             weights = np.minimum(1.0, HUBER_DEVIATIONS / np.maximum(np.abs(errors), 1e-12))
             if np.allclose(weights, self._weights, atol=1e-3):
                 break
@@ -141,15 +141,15 @@ class CostRegression:
                 break
         self.log_coefficients = m
 
-    def _condition(self) -> Array:
-        """Condition on the observations; returns leave-one-out errors in units of their deviation [n]."""
+    def _conditioned(self) -> Array:
+        """Condition on the observations; returns leave-one-out errors [n] in units of the deviation stated for them."""
         self._slopes = _slopes(self._rows.terms, self.log_coefficients)
-        residual = self._linearised()
         total = self._covariance(self._rows, self._rows) + self._slopes @ self._prior @ self._slopes.T
         self._factor = cho_factor(total + np.diag(self._noise()), lower=True)
-        self._alpha = cho_solve(self._factor, residual)
-        precision = np.diag(cho_solve(self._factor, np.eye(len(residual))))
-        return np.asarray(self._alpha / np.sqrt(precision))
+        self._alpha = cho_solve(self._factor, self._linearised())
+        precision = np.diag(cho_solve(self._factor, np.eye(len(self._log_y))))
+        stated = 1 / precision - self._noise() + self.scales.noise**2  # an outlier's own noise is not stated
+        return np.asarray(self._alpha / precision / np.sqrt(stated))
 
     def _linearised(self) -> Array:
         """What the guess, corrected by nothing, would leave over if the sum were linear in m [n]."""

@@ -112,6 +112,9 @@ class EnergyModel:
         if kept_joules is None and kept_seconds is None:
             return
         workload = self._workload(params, fidelity) if self._workload else None
+        if workload is not None and not all(map(math.isfinite, workload)):
+            self.ignored["its work is not known"] += 1
+            return
         text = f"{sorted(params.items(), key=repr)} {fidelity} {share} {kept_joules} {kept_seconds} {method}"
         row = _Row(
             hashlib.blake2b(text.encode(), digest_size=8).digest(), params, fidelity, share, workload, kept_joules,

@@ -27,6 +27,7 @@ OPTIMIZER_OPERATIONS_A_LAYER, STEP_OPERATIONS = 25, 100  # averaging weights, on
 CHECKPOINT_OVERHEAD_BYTES = 50_000  # names, states of generators, counters
 
 
+_Splits = Callable[[int | None], "_Split"]
 _model_work = lru_cache(maxsize=4096)(model_work)  # most hyper-parameters have no part in it
 
 
@@ -56,6 +57,24 @@ class Workload(NamedTuple):
     starts: int = 0
 
 
+class Typical(NamedTuple):
+    """What structures of a source are like, within TYPICAL_CUTOFF_ANGSTROM; structures NaN = as many as one has."""
+
+    atoms: float
+    neighbors: float
+    is_periodic: bool
+    structures: float = math.nan
+
+
+# Published means; of the sample, what it holds of each source.
+TYPICAL = {
+    "ani1x": Typical(15, 14, False), "qm7x": Typical(17, 16, False), "oc20": Typical(73, 30, True),
+    "oc22": Typical(80, 36, True), "mptrj": Typical(31, 31, True), "extxyz": Typical(30, 30, True),
+    "ase_db": Typical(30, 30, True), "sample": Typical(10, 20, True, 500),
+}  # fmt: skip
+TYPICAL_CUTOFF_ANGSTROM = 5.0
+
+
 class _Split(NamedTuple):
     """Structures of one split, by source: how many [S], mean atoms [S], mean edges [S]."""
 
@@ -69,29 +88,26 @@ class _Split(NamedTuple):
         return float(weights @ self.atoms), float(weights @ self.edges)
 
 
-def workload_of(config: RunConfig, store: Store) -> Callable[[Params, Fidelity], Workload]:
+def workload_of(config: RunConfig, store: Store | None) -> Callable[[Params, Fidelity], Workload]:
     """What computes the workload of a run's trials: some 20 microseconds each.
 
-    The structures that a fidelity trains on are looked at once, when it is first asked for.
+    The structures that a fidelity trains on are looked at once, when it is first asked for. Where there is no store yet
+    structures are guessed from what the sources are known to hold; NaN where a fidelity takes all of them and nobody
+    knows how many.
     """
+    train, val = _guessed(config) if store is None else _looked_up(config, store)
+    sources: tuple[str, ...] = tuple(config.data.sources) if store is None else store.sources
     model = config.model.model_dump() | {
-        "sources": store.sources,
-        "energy_scale_ev": tuple(store.meta["energy_scale_ev"]),
-        "mean_neighbors": store.meta["mean_neighbors"],
-        "cutoff_angstrom": store.meta["cutoff_angstrom"],
-    }
+        "sources": sources, "energy_scale_ev": (1.0,) * len(sources), "mean_neighbors": 1.0,  # of no effect on the work
+    }  # fmt: skip
     training = config.training.model_dump()
     model_keys, training_keys = frozenset(ModelSection.model_fields), frozenset(TrainingSection.model_fields)
-    val = _split(store, store.indices(VAL))
-
-    @lru_cache(maxsize=64)
-    def train(structures: int | None) -> _Split:
-        return _split(store, choose_subset(store.indices(TRAIN), store.source_index, structures, config.seed))
 
     def workload(params: Params, fidelity: Fidelity) -> Workload:
         chosen = model | {k: v for k, v in params.items() if k in model_keys}
         how = training | {k: v for k, v in params.items() if k in training_keys}
-        work = _workload(ModelConfig(**chosen), how, train(fidelity.structures), val, fidelity, store.sources)
+        n = fidelity.structures
+        work = _workload(ModelConfig(**chosen), how, train(n), val(n), fidelity, sources)
         # Ray keeps its actors from one trial to the next; inline, further ranks are children of this trial.
         return work._replace(starts=fidelity.ranks - 1) if config.launcher == "inline" else work
 
@@ -138,14 +154,47 @@ def _workload(  # noqa: PLR0913, PLR0917
 
 def _steps(how: dict[str, Any], structures: float, atoms: float, edges: float) -> float:
     """Steps of an epoch, whose structures are taken for alike."""
-    if structures == 0:
-        return 0.0
+    if structures == 0 or math.isnan(structures):
+        return structures
     fit = float(how["batch_structures"])
     if how["batch_atoms"] is not None:
         fit = min(fit, how["batch_atoms"] / max(atoms, 1e-9))
     if how["batch_edges"] is not None:
         fit = min(fit, how["batch_edges"] / max(edges, 1e-9))
     return math.ceil(structures / max(1.0, fit))
+
+
+def _looked_up(config: RunConfig, store: Store) -> tuple[_Splits, _Splits]:
+    """Training and validation structures of a store, by the number that a fidelity trains on."""
+    validation = _split(store, store.indices(VAL))
+
+    @lru_cache(maxsize=64)
+    def train(structures: int | None) -> _Split:
+        return _split(store, choose_subset(store.indices(TRAIN), store.source_index, structures, config.seed))
+
+    return train, lambda _: validation
+
+
+def _guessed(config: RunConfig) -> tuple[_Splits, _Splits]:
+    """The same, of what the sources will hold: structures of typical size, as many of each source."""
+    split, names = config.data.split, config.data.sources
+    typical = [TYPICAL["sample" if path == "sample" else name] for name, path in names.items()]
+    reach = (config.data.cutoff_angstrom / TYPICAL_CUTOFF_ANGSTROM) ** 3
+    atoms = np.array([t.atoms for t in typical])
+    neighbors = [t.neighbors * reach if t.is_periodic else min(t.neighbors * reach, t.atoms - 1) for t in typical]
+    there = np.array([t.structures for t in typical])
+
+    def train(structures: int | None) -> _Split:
+        asked = math.inf if structures is None else structures / max(1, len(typical))
+        counts = np.where(np.isnan(there) & np.isfinite(asked), asked, np.minimum(there * split.train, asked))
+        return _Split(counts, atoms, atoms * np.array(neighbors))
+
+    def validation(structures: int | None) -> _Split:
+        """All of the split, where anybody knows how much that is; else its part beside what is trained on."""
+        counts = np.where(np.isnan(there), train(structures).counts / split.train, there) * split.val
+        return _Split(counts, atoms, atoms * np.array(neighbors))
+
+    return train, validation
 
 
 def _split(store: Store, indices: Any) -> _Split:
