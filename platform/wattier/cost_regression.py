@@ -6,8 +6,8 @@ F_k are the terms (products, memory traffic, operators, ...) in the unit of y as
 guess is, g a Gaussian process over encoded hyper-parameters and fidelity. Coefficients exp(m_k) are positive, so the
 sum grows with each term. The sum is linearised at its best m (Gauss-Newton), which makes all of it one Gaussian
 process: its covariance is J P J' + K + N, its leave-one-out residuals have a closed form (Rasmussen and Williams 2006,
-5.4.2), and a new place's variance holds what is not known of the coefficients. Outliers are given more noise (Huber's
-weights).
+5.4.2), and a new place's variance holds what is not known of the coefficients. Outliers are given more noise (Student's t,
+by reweighting).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 
-HUBER_DEVIATIONS = 2.5
+FREEDOM = 4.0  # of the Student t that errors are taken to have: some trials were tried again, or throttled
 GAUSS_NEWTON_STEPS = 25
-REWEIGHTINGS = 3
+REWEIGHTINGS = 4
 LARGEST_STEP = 1.5
 # What is tried of each scale of g and of the noise, as deviations of log y, and what is thought of it beforehand.
 GRID = {
     "linear": (0.0, 0.03, 0.1, 0.3, 1.0, 3.0),
     "smooth": (0.0, 0.02, 0.05, 0.15, 0.5, 1.5),
     "length": (0.35, 0.8, 2.0),
-    "noise": (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6),
+    "noise": (0.003, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6),
 }
 NOISE_GUESS, NOISE_GUESS_SPREAD = 0.08, 1.5
 SCALE_PENALTY = 0.25  # of log evidence, for each step of a scale above 0: a simpler g where data do not ask
@@ -109,8 +109,8 @@ class CostRegression:
             self.scales = self._best_scales()
             self._coefficients(self._covariance(self._rows, self._rows) + np.diag(self._noise()))
             errors = self._conditioned()
-            weights = np.minimum(1.0, HUBER_DEVIATIONS / np.maximum(np.abs(errors), 1e-12))
-            if np.allclose(weights, self._weights, atol=1e-3):
+            weights = _weights_of(errors)
+            if np.allclose(weights, self._weights, atol=0.02):
                 break
             self._weights = weights
         n = len(errors)
@@ -124,7 +124,7 @@ class CostRegression:
             self._coefficients(np.diag(FIRST_NOISE**2 / self._weights))
             residual = self._log_y - _log_sum(self._rows.terms, self.log_coefficients)
             spread = max(1.4826 * float(np.median(np.abs(residual - np.median(residual)))), 0.02)
-            self._weights = np.minimum(1.0, 3.0 / np.maximum(np.abs(residual) / spread, 1e-12))
+            self._weights = _weights_of(residual / spread)
 
     def _coefficients(self, covariance: Array) -> None:
         """The most likely m_k, given g's and the noise's covariance [n, n]."""
@@ -221,6 +221,11 @@ def _geometry(left: Array, right: Array) -> tuple[Array, Array]:
     product = a @ b.T
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None, :] - 2 * product
     return product, np.maximum(squares, 0.0)
+
+
+def _weights_of(errors: Array) -> Array:
+    """Weights of a Student t (Lange, Little and Taylor 1989), given errors in units of their deviation; at most 1."""
+    return np.asarray(np.minimum(1.0, (FREEDOM + 1) / (FREEDOM + errors**2)))
 
 
 def _log_sum(terms: Array, m: Array) -> Array:

@@ -44,7 +44,7 @@ class DevicePrior(NamedTuple):
     seconds_per_process: float = 0.1
     seconds_per_start: float = 4.0
     exchange_bytes_per_second: float = 2e9
-    exchange_seconds: float = 5e-4
+    exchange_seconds: float = 1e-4
 
     def seconds(self, work: Workload, share: float = 1.0) -> tuple[float, ...]:
         """Wall seconds of each term of a trial that does `share` of its work [8]."""
