@@ -6,8 +6,8 @@ F_k are the terms (products, memory traffic, operators, ...) in the unit of y as
 guess is, g a Gaussian process over encoded hyper-parameters and fidelity. Coefficients exp(m_k) are positive, so the
 sum grows with each term. The sum is linearised at its best m (Gauss-Newton), which makes all of it one Gaussian
 process: its covariance is J P J' + K + N, its leave-one-out residuals have a closed form (Rasmussen and Williams 2006,
-5.4.2), and a new place's variance holds what is not known of the coefficients. Outliers are given more noise (Student's t,
-by reweighting).
+5.4.2), and a new place's variance holds what is not known of the coefficients. Outliers are given more noise
+(Student's t, by reweighting).
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def draw(rng: random.Random) -> dict:
 
 def observed(
     model: EnergyModel, n: int, rng: random.Random, noise: float = 0.0, fidelity: Fidelity = SCOUT,
-    device: Device = Device(),
+    device: Device | None = None,
 ) -> EnergyModel:  # fmt: skip
+    device = device or Device()
     for _ in range(n):
         params = draw(rng)
         model.observe(
