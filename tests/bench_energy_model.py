@@ -2,8 +2,8 @@
 
 Random trials run one after the other in this process and are kept in a run directory, so that a second call only
 evaluates. Some are held out; the model learns from the first 10, 30, 100 of the others, over several shuffles, beside
-two naive ones: the mean of the logarithm, and joules linear in parameters x structures. Then it tells fidelities that it
-has not seen: longer trials, and trials of two ranks. Nothing is gated on it.
+two naive ones: the mean of the logarithm, and joules linear in parameters x structures. Then it tells fidelities that
+it has not seen: longer trials, and trials of two ranks. Nothing is gated on it.
 
 usage: OMP_NUM_THREADS=1 python tests/bench_energy_model.py [RUN_DIR]
 """

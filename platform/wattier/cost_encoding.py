@@ -1,4 +1,4 @@
-"""Hyper-parameters and fidelities as numbers, for what learns from trials."""
+"""Hyper-parameters as numbers, for what learns from trials."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wattier.config_space import ChoiceParameter, RangeParameter
-from wattier.records import Fidelity, Params
+from wattier.records import Params
 
 LOG_WHERE_SPREAD = 3.0  # positive numbers whose largest is so many times the smallest are taken by their logarithm
 
@@ -60,16 +60,6 @@ class Encoding:
             # Two values are as far apart as the ends of a range.
             columns += [0.5 + np.array([(v == c and type(v) is type(c)) / math.sqrt(2) for v in raw]) for c in choices]
         return np.stack(columns, axis=1) if columns else np.full((len(many), 1), 0.5)
-
-
-def encoded_fidelity(fidelity: Fidelity, share: float = 1.0) -> tuple[float, float]:
-    """Logarithms of the amount of training (structures x epochs), base e, and of ranks, base 2."""
-    return math.log(amount(fidelity) * share), math.log2(fidelity.ranks)
-
-
-def amount(fidelity: Fidelity) -> float:
-    """Structures x epochs; epochs alone where structures are not said."""
-    return float(max(1, fidelity.structures or 1)) * max(1, fidelity.epochs)
 
 
 def _number(value: Any) -> float:

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
+from wattier.config import RunConfig
 from wattier.config_space import ChoiceParameter, RangeParameter
-from wattier.device_prior import ANY_DEVICE, DevicePrior, probe_device
+from wattier.device_prior import RATED_WATTS_PER_GPU, DevicePrior, prior_of, probe_device
 from wattier.energy_model import MOST_ROWS, EnergyModel
 from wattier.records import Fidelity
 from wattier.workload import Workload
@@ -347,6 +349,28 @@ def test_thousands_of_trials_keep_what_a_few_hundred_taught() -> None:
     assert model.project(params, FINAL).joules == pytest.approx(Device().joules(params, FINAL), rel=0.1)
 
 
+def test_all_structures_are_those_of_the_work_or_as_many_as_were_named() -> None:
+    everything = replace(SCOUT, structures=None)
+    params = draw(random.Random(0))
+    known = observed(physical(), 40, random.Random(1)).project(params, everything)
+    assert known.joules == pytest.approx(Device().joules(params, everything), rel=0.03)
+    own = EnergyModel(None, SPACE)
+    for epochs in (1, 2, 3):
+        own.observe(params, replace(SCOUT, epochs=epochs), joules=100.0 * epochs, seconds=10.0)
+    assert own.project(params, everything)[:6] == own.project(params, SCOUT)[:6]
+
+
+def test_joules_may_be_unknown_for_good() -> None:
+    model, params = physical(), draw(random.Random(0))
+    model.observe(params, SCOUT, joules=None, seconds=12.0)
+    projection = model.project(params, SCOUT)
+    assert projection.seconds == pytest.approx(12, rel=0.1)
+    blind = EnergyModel(None)
+    blind.observe(params, SCOUT, joules=None, seconds=12.0)
+    assert math.isnan(blind.project(params, SCOUT).joules)
+    assert blind.project(params, SCOUT).basis == "1 finished trial"
+
+
 def test_a_thousand_at_once_are_those_one_by_one() -> None:
     model = observed(physical(), 30, random.Random(0), noise=0.1)
     rng = random.Random(1)
@@ -360,4 +384,30 @@ def test_a_probe_measures_this_device() -> None:
     assert 1e8 < prior.bytes_per_second < 1e13
     assert 1e-7 < prior.seconds_per_operation < 1e-2
     assert prior.watts == 10.0
-    assert prior.factor == ANY_DEVICE._replace(factor=3.0).factor
+    assert prior.factor == 3.0
+
+
+def config_of(**resources: object) -> RunConfig:
+    return RunConfig.model_validate({
+        "name": "p", "run_dir": "runs/p", "data": {"sources": {"qm7x": "sample"}}, "resources": resources,
+        "telemetry": {"rated_watts_per_core": 7.0},
+        "search": {"space": {"hidden_dim": {"low": 8, "high": 64}}, "stages": [{"name": "s", "trials": 1}]},
+    })  # fmt: skip
+
+
+def test_the_prior_of_a_run_is_this_machines_or_wider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here = prior_of(config_of(gpus_per_rank=0, cpus_per_rank=2))
+    assert (here.name, here.watts, here.factor) == ("this CPU", 14.0, 3.0)
+    elsewhere = prior_of(config_of(gpus_per_rank=0, address="10.0.0.1:6379"))
+    assert (elsewhere.watts, elsewhere.factor) == (7.0, 10.0)
+    assert "need not be like" in elsewhere.name
+
+
+def test_a_gpu_that_cannot_be_asked_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question is asked by another process, which is given no GPU here."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    prior = prior_of(config_of(gpus_per_rank=0.5))
+    assert (prior.name, prior.watts, prior.factor) == ("any GPU", RATED_WATTS_PER_GPU / 2, 10.0)
