@@ -72,10 +72,10 @@ class CostRegression:
         calibration: by what the stated deviations are multiplied, so that leave-one-out errors have them.
     """
 
-    def __init__(self, rows: Rows, log_y: Array, common_deviation: float, own_deviation: float) -> None:
-        """common_deviation: of the logarithm of a factor that all terms have in common; own_deviation: of each."""
+    def __init__(self, rows: Rows, log_y: Array, common_deviation: float, own_deviation: Array) -> None:
+        """common_deviation: of the logarithm of a factor that all terms have in common; own_deviation [K]: of each."""
         k = rows.terms.shape[1]
-        self._prior = own_deviation**2 * np.eye(k) + common_deviation**2 * np.ones((k, k))
+        self._prior = np.diag(own_deviation**2) + common_deviation**2 * np.ones((k, k))
         self._rows, self._log_y = rows, log_y
         self._centre = rows.fidelity.mean(axis=0) if len(log_y) else np.zeros(2)
         self.log_coefficients = np.zeros(k)
@@ -115,8 +115,10 @@ class CostRegression:
             self._weights = weights
         n = len(errors)
         seen = float(np.quantile(np.abs(errors), 2 * ONE_DEVIATION - 1))
-        # A deviation found on few trials is uncertain itself: Student's quantile in the place of the normal one.
-        self.calibration = (CALIBRATION_PRIOR + n * seen) / (CALIBRATION_PRIOR + n) * float(stdtrit(n, ONE_DEVIATION))
+        # A deviation found on few trials is uncertain itself: Student's quantile in the place of the normal one, with
+        # half of the trials for the scales that were found on them.
+        student = float(stdtrit(max(1.0, n / 2), ONE_DEVIATION))
+        self.calibration = student * (CALIBRATION_PRIOR + n * seen) / (CALIBRATION_PRIOR + n)
 
     def _coefficients_alone(self) -> None:
         """A first fit without g: what is far from most is given little weight."""

@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # of which one imports torch
     from wattier.config import RunConfig
     from wattier.workload import Workload
 
-N_TERMS = 8  # of a trial's seconds and joules, see `DevicePrior.seconds`
+# How much less is known of each term of `DevicePrior.seconds` than of a product: sums over ranks may hide behind the
+# work or hold it up, by what lies between the ranks, and a process may start warm or cold.
+TERM_DOUBTS = (1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.5)
 RATED_WATTS_PER_CORE = 10.0  # as the estimated power source has it
 RATED_WATTS_PER_GPU = 350.0
 SMALL_OPERATORS = 50
@@ -166,7 +168,9 @@ def probe_device(name: str, *, watts: float, threads: int = 1, on_gpu: bool = Fa
         operator = _median_seconds(few, wait) / (2 * SMALL_OPERATORS)
     finally:
         torch.set_num_threads(before)
-    return DevicePrior(name, watts, 2 * size**3 / product, 2 * 4 * big.numel() / copy, operator)
+    prior = DevicePrior(name, watts, 2 * size**3 / product, 2 * 4 * big.numel() / copy, operator)
+    # Between GPUs of a node, or of nodes with as many network cards.
+    return prior._replace(exchange_bytes_per_second=3e10, exchange_seconds=5e-5) if on_gpu else prior
 
 
 def _median_seconds(work: Callable[[], object], wait: Callable[[], None], limit_seconds: float = 0.1) -> float:

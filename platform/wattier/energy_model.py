@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from wattier.config_space import ChoiceParameter, RangeParameter
 from wattier.cost_encoding import Encoding
 from wattier.cost_regression import CostRegression, Rows
-from wattier.device_prior import ANY_DEVICE, N_TERMS, DevicePrior
+from wattier.device_prior import ANY_DEVICE, TERM_DOUBTS, DevicePrior
 from wattier.records import Fidelity, Params
 
 if TYPE_CHECKING:  # which imports torch
@@ -198,7 +198,7 @@ class _Fit:
         rows = _some_of(rows)
         self._encoding = Encoding((row.params for row in rows), space)
         values = np.log([float(getattr(row, what)) for row in rows])
-        self._n_terms = OWN_TERMS if workload is None else N_TERMS
+        self._n_terms = OWN_TERMS if workload is None else len(TERM_DOUBTS)
         # All structures, where a user's model says no number, are taken to be as many as were ever named.
         self._all_structures = max((row.fidelity.structures or 1 for row in rows), default=1)
         terms = [self._terms(row.workload, row.fidelity, row.share) for row in rows]
@@ -211,7 +211,8 @@ class _Fit:
         # Of work that is not known, nothing is known of the scale that all trials have in common.
         spread = math.log(UNKNOWN_SCALE if workload is None else self._prior.factor)
         own = math.log(UNKNOWN_RATIO if workload is None else self._prior.factor)
-        self._regression = CostRegression(seen, values, COMMON_SHARE * spread, OWN_SHARE * own)
+        doubts = np.array(TERM_DOUBTS if workload is not None else (1.0,) * OWN_TERMS)
+        self._regression = CostRegression(seen, values, COMMON_SHARE * spread, OWN_SHARE * own * doubts)
 
     def interval(self, params: Params, fidelity: Fidelity) -> tuple[float, float, float]:
         """Median and the ends of the interval of 68 %."""

@@ -124,7 +124,11 @@ def test_two_thirds_of_trials_fall_into_the_interval(n_seen: int) -> None:
         rng = random.Random(1000 * n_seen + world)
         noise = rng.choice([0.03, 0.1, 0.3])
         device = Device(*(value * math.exp(rng.gauss(0, 0.7)) for value in Device()))
-        model = observed(physical(), n_seen, rng, noise, device=device)
+        model = physical()
+        for _ in range(n_seen):
+            params = draw(rng)
+            joules = device.joules(params, SCOUT) * math.exp(rng.gauss(0, noise))
+            model.observe(params, SCOUT, joules=joules, seconds=None)
         for _ in range(10):
             params = draw(rng)
             truth = device.joules(params, SCOUT) * math.exp(rng.gauss(0, noise))
