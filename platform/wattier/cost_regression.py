@@ -34,7 +34,7 @@ GRID = {
     "length": (0.35, 0.8, 2.0),
     "noise": (0.003, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6),
 }
-NOISE_GUESS, NOISE_GUESS_SPREAD = 0.08, 1.5
+NOISE_GUESS, NOISE_GUESS_SPREAD = 0.12, 1.5
 SCALE_PENALTY = 0.25  # of log evidence, for each step of a scale above 0: a simpler g where data do not ask
 ROUNDS = 3
 ROWS_FOR_SCALES = 64
