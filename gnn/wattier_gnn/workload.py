@@ -1,4 +1,4 @@
-"""How much work a model makes of a structure, by arithmetic: nothing is built and nothing runs.
+"""How much work a model makes of structures, by arithmetic: nothing is built and nothing runs.
 
 Products are counted as ``torch.utils.flop_counter`` does, two operations a multiplication and addition, from the shapes
 of all linear layers; a test holds them to it. Bytes are those that operators read and write, of which only the order is
@@ -54,57 +54,72 @@ _DIRECT_OPERATIONS = {True: 12.0, False: 4.0}
 _AGAIN = {("vector", True): 1.4, ("vector", False): 1.0, ("conservative", True): 1.85, ("conservative", False): 1.4}
 
 
+class Rate(NamedTuple):
+    """Work in proportion to atoms and to directed edges."""
+
+    per_atom: float
+    per_edge: float
+
+    def of(self, atoms: float, edges: float) -> float:
+        """The work of so many; both may be means over many structures."""
+        return self.per_atom * atoms + self.per_edge * edges
+
+
 class Work(NamedTuple):
-    """The work of one structure, of a training step and of the model.
+    """The work that a model makes.
 
     Attributes:
         training_flops: of a forward pass, the forces and the gradient of the loss.
         inference_flops: of energy and forces.
         training_bytes, inference_bytes: read and written by operators.
-        training_operations, inference_operations: operators of one step, whatever it holds; edge chunks aside.
+        training_operations, inference_operations: operators of one step of one rank.
         parameters: trainable numbers.
     """
 
-    training_flops: float
-    inference_flops: float
-    training_bytes: float
-    inference_bytes: float
+    training_flops: Rate
+    inference_flops: Rate
+    training_bytes: Rate
+    inference_bytes: Rate
     training_operations: float
     inference_operations: float
     parameters: int
 
 
 class _Product(NamedTuple):
-    """A linear layer on `rows` rows; moving: its input depends on positions; learned: on weights before it."""
+    """A linear layer, on atoms or edges, that a model has so many times.
 
-    rows: float
+    moving: its input depends on positions. learned: its input depends on weights. in_layer: it is within a layer of
+    the encoder, which may be recomputed.
+    """
+
+    times: int
     n_in: int
     n_out: int
+    on_edges: bool
     moving: bool = True
     learned: bool = True
     in_layer: bool = True
-    on_edges: bool = False
 
 
-def model_work(config: ModelConfig, atoms: float, edges: float, edges_in_step: float = 0.0) -> Work:
-    """Work of one structure of so many atoms and directed edges; both may be means over many structures.
+def model_work(config: ModelConfig, edges_in_step: float = 0.0) -> Work:
+    """Work of a model, by its config alone.
 
-    edges_in_step: of a whole step of one rank, which decides the number of chunks where `edge_chunk` is set.
+    edges_in_step: of a step of one rank, which decides the number of chunks where `edge_chunk` is set.
     """
-    training_flops = inference_flops = training_bytes = inference_bytes = 0.0
-    for p in _products(config, atoms, edges):
-        trained, inferred = _repeats(config, p)
-        flops = 2.0 * p.rows * p.n_in * p.n_out
-        moved = FLOAT_BYTES * p.rows * (p.n_in + p.n_out)
-        training_flops += trained * flops
-        inference_flops += inferred * flops
-        training_bytes += trained * moved
-        inference_bytes += inferred * moved
+    flops, moved = {True: [0.0, 0.0], False: [0.0, 0.0]}, {True: [0.0, 0.0], False: [0.0, 0.0]}
+    for p in _products(config):
+        multiplied, touched = 2.0 * p.times * p.n_in * p.n_out, FLOAT_BYTES * p.times * (p.n_in + p.n_out)
+        for training, repeats in zip((True, False), _repeats(config, p), strict=True):
+            flops[training][p.on_edges] += repeats * multiplied
+            moved[training][p.on_edges] += repeats * touched
+    for training, sums in moved.items():
+        per_atom, per_edge = _other_bytes(config, training=training)
+        sums[0], sums[1] = sums[0] + per_atom, sums[1] + per_edge
     return Work(
-        training_flops,
-        inference_flops,
-        training_bytes + _other_bytes(config, atoms, edges, training=True),
-        inference_bytes + _other_bytes(config, atoms, edges, training=False),
+        Rate(*flops[True]),
+        Rate(*flops[False]),
+        Rate(*moved[True]),
+        Rate(*moved[False]),
         _operations(config, edges_in_step, training=True),
         _operations(config, edges_in_step, training=False),
         n_parameters(config),
@@ -126,18 +141,17 @@ def _is_chunked(config: ModelConfig) -> bool:
     return config.edge_chunk is not None and config.family == "egnn"
 
 
-def _other_bytes(config: ModelConfig, atoms: float, edges: float, *, training: bool) -> float:
-    """Bytes moved by what is no product."""
+def _other_bytes(config: ModelConfig, *, training: bool) -> tuple[float, float]:
+    """Bytes moved by what is no product, for an atom and for an edge."""
     mode = "conservative" if config.forces == "conservative" else "vector"
-    layer_edges, layer_atoms, readout, radial, once = _BYTES[config.family, mode, training]
-    h = config.hidden_dim
-    numbers = config.n_layers * (layer_edges * edges * h + layer_atoms * atoms * h + radial * edges * config.n_radial)
+    layer_edge, layer_atom, readout, radial, once = _BYTES[config.family, mode, training]
+    h, layers = config.hidden_dim, float(config.n_layers)
     if config.activation_checkpointing or _is_chunked(config):
-        numbers *= _AGAIN[mode, training]
-    numbers += readout * edges * h + once * edges
+        layers *= _AGAIN[mode, training]
+    per_edge = layers * (layer_edge * h + radial * config.n_radial) + readout * h + once
     if config.forces == "direct":
-        numbers += _DIRECT_BYTES[training] * edges
-    return FLOAT_BYTES * numbers
+        per_edge += _DIRECT_BYTES[training]
+    return FLOAT_BYTES * layers * layer_atom * h, FLOAT_BYTES * per_edge
 
 
 def _operations(config: ModelConfig, edges_in_step: float, *, training: bool) -> float:
@@ -154,56 +168,53 @@ def _operations(config: ModelConfig, edges_in_step: float, *, training: bool) ->
     return layers + n_heads * (head + head_layer * config.n_head_layers) + rest
 
 
-def _products(config: ModelConfig, atoms: float, edges: float) -> Iterator[_Product]:
-    h = config.hidden_dim
-    for layer in range(config.n_layers):
-        yield from _layer(config, atoms, edges, layer)
-    yield from _force_head(config, atoms, edges)
-    widths = [h, *[config.head_dim] * config.n_head_layers]
-    for _ in range(2 if config.energy_heads == "both" else 1):
-        for a, b in itertools.pairwise(widths):
-            yield _Product(atoms, a, b, in_layer=False)
+def _products(config: ModelConfig) -> Iterator[_Product]:
+    yield from _egnn_layers(config) if config.family == "egnn" else _geometric_layers(config)
+    if config.forces != "conservative":
+        yield from _force_head(config)
+    widths = [config.hidden_dim, *[config.head_dim] * config.n_head_layers]
+    for a, b in itertools.pairwise(widths):  # an atom goes through the head of its source
+        yield _Product(2 if config.energy_heads == "both" else 1, a, b, False, in_layer=False)
 
 
-def _layer(config: ModelConfig, atoms: float, edges: float, layer: int) -> Iterator[_Product]:
-    h, r, first = config.hidden_dim, config.n_radial, layer == 0
-    if config.family == "egnn":
-        # From the second layer on, positions depend on weights.
-        yield _Product(atoms, h, h, moving=not first)
-        yield _Product(atoms, h, h, moving=not first)
-        yield _Product(edges, r, h, learned=not first, on_edges=True)
-        yield _Product(edges, h, h, on_edges=True)
-        yield _Product(atoms, 2 * h, h)
-        yield _Product(atoms, h, h)
-        if layer < config.n_layers - 1:
-            yield _Product(edges, h, h, on_edges=True)
-    elif config.family == "schnet":
-        yield _Product(edges, r, h, learned=False)
-        yield _Product(edges, h, h)
-        yield _Product(atoms, h, h, moving=not first)
-        yield _Product(atoms, h, h)
-        yield _Product(atoms, h, h)
+def _egnn_layers(config: ModelConfig) -> Iterator[_Product]:
+    h, r, n = config.hidden_dim, config.n_radial, config.n_layers
+    # What the first layer is given does not depend on positions, nor its edge vectors on weights.
+    yield _Product(2, h, h, False, moving=False)
+    yield _Product(1, r, h, True, learned=False)
+    if n > 1:
+        yield _Product(2 * (n - 1), h, h, False)
+        yield _Product(n - 1, r, h, True)
+        yield _Product(n - 1, h, h, True)  # coordinates
+    yield _Product(n, h, h, True)
+    yield _Product(n, 2 * h, h, False)
+    yield _Product(n, h, h, False)
+
+
+def _geometric_layers(config: ModelConfig) -> Iterator[_Product]:
+    h, n = config.hidden_dim, config.n_layers
+    yield _Product(n, config.n_radial, h, True, learned=False)
+    if config.family == "schnet":
+        yield _Product(n, h, h, True)
+        yield _Product(1, h, h, False, moving=False)
+        yield _Product(n - 1, h, h, False)
+        yield _Product(2 * n, h, h, False)
     else:
-        yield _Product(edges, r, h, learned=False)
-        yield _Product(edges, 3 * h, h)
-        yield _Product(atoms, (PNA_COLUMNS + 1) * h, h)
-        yield _Product(atoms, h, h)
+        yield _Product(n, 3 * h, h, True)
+        yield _Product(n, (PNA_COLUMNS + 1) * h, h, False)
+        yield _Product(n, h, h, False)
 
 
-def _force_head(config: ModelConfig, atoms: float, edges: float) -> Iterator[_Product]:
-    if config.forces == "conservative":
-        return
-    h = config.hidden_dim
-    if config.family != "egnn":  # messages of their own
-        yield _Product(atoms, h, h, in_layer=False)
-        yield _Product(atoms, h, h, in_layer=False)
-        yield _Product(edges, config.n_radial, h, learned=False, in_layer=False)
-    in_layer = config.family == "egnn"  # the last layer applies it to its messages
-    yield _Product(edges, h, h, in_layer=in_layer, on_edges=True)
+def _force_head(config: ModelConfig) -> Iterator[_Product]:
+    h, own_messages = config.hidden_dim, config.family == "egnn"
+    if not own_messages:
+        yield _Product(2, h, h, False, in_layer=False)
+        yield _Product(1, config.n_radial, h, True, learned=False, in_layer=False)
+    yield _Product(1, h, h, True, in_layer=own_messages)  # within the last layer
     if config.forces == "direct":
-        yield _Product(edges, h, N_DIRECTIONS, in_layer=in_layer, on_edges=True)
-        yield _Product(atoms, h + 3 * N_DIRECTIONS, config.head_dim, in_layer=False)
-        yield _Product(atoms, config.head_dim, 3, in_layer=False)
+        yield _Product(1, h, N_DIRECTIONS, True, in_layer=own_messages)
+        yield _Product(1, h + 3 * N_DIRECTIONS, config.head_dim, False, in_layer=False)
+        yield _Product(1, config.head_dim, 3, False, in_layer=False)
 
 
 def n_parameters(config: ModelConfig) -> int:

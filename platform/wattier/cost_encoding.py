@@ -1,4 +1,4 @@
-"""Hyper-parameters and fidelities as numbers, for what learns from trials."""
+"""Hyper-parameters as numbers, for what learns from trials."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wattier.config_space import ChoiceParameter, RangeParameter
-from wattier.records import Fidelity, Params
+from wattier.records import Params
 
 LOG_WHERE_SPREAD = 3.0  # positive numbers whose largest is so many times the smallest are taken by their logarithm
 
@@ -26,19 +26,19 @@ class Encoding:
         self, params: Iterable[Params], space: Mapping[str, RangeParameter | ChoiceParameter] | None = None
     ) -> None:
         seen: dict[str, set[Any]] = {}
-        for values in params:
-            for name, value in values.items():
+        for observed in params:
+            for name, value in observed.items():
                 seen.setdefault(name, set()).add(_hashable(value))
         for name, parameter in (space or {}).items():
-            known = parameter.choices if isinstance(parameter, ChoiceParameter) else (parameter.low, parameter.high)
-            seen.setdefault(name, set()).update(_hashable(value) for value in known)
+            ends = [parameter.low, parameter.high] if isinstance(parameter, RangeParameter) else parameter.choices
+            seen.setdefault(name, set()).update(map(_hashable, ends))
         log = {n for n, p in (space or {}).items() if isinstance(p, RangeParameter) and p.log}
         self._numbers: dict[str, tuple[float, float, bool]] = {}  # lowest, width, by logarithm
         self._choices: dict[str, list[Any]] = {}
-        for name in sorted(seen):
-            values = seen[name]
-            if all(_is_number(value) for value in values):
-                low, high = float(min(values)), float(max(values))
+        for name, values in sorted(seen.items()):
+            numbers = [_number(value) for value in values]
+            if not any(map(math.isnan, numbers)):
+                low, high = min(numbers), max(numbers)
                 by_log = low > 0 and (name in log or high / low >= LOG_WHERE_SPREAD)
                 low, high = (math.log(low), math.log(high)) if by_log else (low, high)
                 if high > low:
@@ -51,8 +51,7 @@ class Encoding:
         """[n, d]; a number that is missing or none is put in the middle."""
         columns: list[NDArray[np.float64]] = []
         for name, (low, width, by_log) in self._numbers.items():
-            raw = [values.get(name) for values in many]
-            x = np.array([float(v) if _is_number(v) else math.nan for v in raw])
+            x = np.array([_number(values.get(name)) for values in many])
             if by_log:
                 x = np.log(np.where(x > 0, x, math.nan))
             columns.append(np.clip(np.where(np.isfinite(x), (x - low) / width, 0.5), -1.0, 2.0))
@@ -63,18 +62,10 @@ class Encoding:
         return np.stack(columns, axis=1) if columns else np.full((len(many), 1), 0.5)
 
 
-def encoded_fidelity(fidelity: Fidelity, share: float = 1.0) -> tuple[float, float]:
-    """Logarithms of the amount of training (structures x epochs), base e, and of ranks, base 2."""
-    return math.log(amount(fidelity) * share), math.log2(fidelity.ranks)
-
-
-def amount(fidelity: Fidelity) -> float:
-    """Structures x epochs; epochs alone where structures are not said."""
-    return float(max(1, fidelity.structures or 1)) * max(1, fidelity.epochs)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float:
+    """NaN for what is no finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else math.nan
 
 
 def _hashable(value: Any) -> Any:

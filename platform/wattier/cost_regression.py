@@ -2,38 +2,44 @@
 
     log y = log sum_k F_k exp(m_k)  +  g(z)  +  noise
 
-F_k are the terms (products, memory traffic, operators, ...) in the unit of y as a guess has them, m_k how wrong the guess
-is, g a Gaussian process over encoded hyper-parameters and fidelity. Coefficients exp(m_k) are positive, so the sum grows
-with each term. The sum is linearised at its best m (Gauss-Newton), which makes all of it one Gaussian process: its
-covariance is J P J' + K + N, its leave-one-out residuals have a closed form (Rasmussen and Williams 2006, 5.4.2), and
-a new place's variance holds what is not known of the coefficients. Outliers are given more noise (Huber's weights).
+F_k are the terms (products, memory traffic, operators, ...) in the unit of y as a guess has them, m_k how wrong the
+guess is, g a Gaussian process over encoded hyper-parameters and fidelity. Coefficients exp(m_k) are positive, so the
+sum grows with each term. The sum is linearised at its best m (Gauss-Newton), which makes all of it one Gaussian
+process: its covariance is J P J' + K + N, its leave-one-out residuals have a closed form (Rasmussen and Williams 2006,
+5.4.2), and a new place's variance holds what is not known of the coefficients. Outliers are given more noise
+(Student's t, by reweighting).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 
-HUBER_DEVIATIONS = 2.5
+FREEDOM = 4.0  # of the Student t that errors are taken to have: some trials were tried again, or throttled
 GAUSS_NEWTON_STEPS = 25
-REWEIGHTINGS = 3
+REWEIGHTINGS = 4
 LARGEST_STEP = 1.5
 # What is tried of each scale of g and of the noise, as deviations of log y, and what is thought of it beforehand.
 GRID = {
     "linear": (0.0, 0.03, 0.1, 0.3, 1.0, 3.0),
     "smooth": (0.0, 0.02, 0.05, 0.15, 0.5, 1.5),
     "length": (0.35, 0.8, 2.0),
-    "noise": (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6),
+    "noise": (0.003, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6),
 }
-NOISE_GUESS, NOISE_GUESS_SPREAD = 0.08, 1.5
+NOISE_GUESS, NOISE_GUESS_SPREAD = 0.12, 1.5
 SCALE_PENALTY = 0.25  # of log evidence, for each step of a scale above 0: a simpler g where data do not ask
 ROUNDS = 3
+ROWS_FOR_SCALES = 64
+ONE_DEVIATION = 0.8413  # of a normal distribution lies below
+FIRST_NOISE, JITTER = 0.2, 1e-10
 # Deviations of log y that a change of fidelity may bring which the terms do not know of: a factor e of the amount of
 # training, a doubling of ranks.
 AMOUNT_DEVIATION, RANKS_DEVIATION = 0.1, 0.3
@@ -66,10 +72,10 @@ class CostRegression:
         calibration: by what the stated deviations are multiplied, so that leave-one-out errors have them.
     """
 
-    def __init__(self, rows: Rows, log_y: Array, common_deviation: float, own_deviation: float) -> None:
-        """common_deviation: of the logarithm of a factor that all terms have in common; own_deviation: of each."""
+    def __init__(self, rows: Rows, log_y: Array, common_deviation: float, own_deviation: Array) -> None:
+        """common_deviation: of the logarithm of a factor that all terms have in common; own_deviation [K]: of each."""
         k = rows.terms.shape[1]
-        self._prior = own_deviation**2 * np.eye(k) + common_deviation**2 * np.ones((k, k))
+        self._prior = np.diag(own_deviation**2) + common_deviation**2 * np.ones((k, k))
         self._rows, self._log_y = rows, log_y
         self._centre = rows.fidelity.mean(axis=0) if len(log_y) else np.zeros(2)
         self.log_coefficients = np.zeros(k)
@@ -82,16 +88,17 @@ class CostRegression:
         """log of the median of y at some places [m]."""
         mean = _log_sum(places.terms, self.log_coefficients)
         if len(self._log_y):
-            mean = mean + self._covariance(places, self._rows, self.scales) @ self._alpha
+            mean = mean + self._covariance(places, self._rows) @ self._alpha
         return mean
 
     def log_deviation(self, places: Rows) -> Array:
         """Deviation of log y of a new trial around `log_mean` [m], its own noise included."""
         slopes = _slopes(places.terms, self.log_coefficients)
-        own = np.einsum("mk,kl,ml->m", slopes, self._prior, slopes) + self._own_variance(places)
+        own = np.einsum("mk,kl,ml->m", slopes, self._prior, slopes)
         if not len(self._log_y):
             return np.asarray(np.sqrt(own))
-        cross = self._covariance(places, self._rows, self.scales) + slopes @ self._prior @ self._slopes.T
+        own = own + self._own_variance(places)
+        cross = self._covariance(places, self._rows) + slopes @ self._prior @ self._slopes.T
         explained = np.einsum("mn,nm->m", cross, cho_solve(self._factor, cross.T))
         variance = np.maximum(own - explained, 0.0) + self.scales.noise**2
         return np.asarray(self.calibration * np.sqrt(variance))
@@ -100,23 +107,26 @@ class CostRegression:
         self._coefficients_alone()
         for _ in range(REWEIGHTINGS):
             self.scales = self._best_scales()
-            self._coefficients(self._covariance(self._rows, self._rows, self.scales) + self._noise(self.scales))
-            errors = self._condition()
-            weights = np.minimum(1.0, HUBER_DEVIATIONS / np.maximum(np.abs(errors), 1e-12))
-            if np.allclose(weights, self._weights, atol=1e-3):
+            self._coefficients(self._covariance(self._rows, self._rows) + np.diag(self._noise()))
+            errors = self._conditioned()
+            weights = _weights_of(errors)
+            if np.allclose(weights, self._weights, atol=0.02):
                 break
             self._weights = weights
         n = len(errors)
-        seen = float(np.quantile(np.abs(errors), 0.683))
-        self.calibration = (CALIBRATION_PRIOR + n * seen) / (CALIBRATION_PRIOR + n)
+        seen = float(np.quantile(np.abs(errors), 2 * ONE_DEVIATION - 1))
+        # A deviation found on few trials is uncertain itself: Student's quantile in the place of the normal one, with
+        # half of the trials for the scales that were found on them.
+        student = float(stdtrit(max(1.0, n / 2), ONE_DEVIATION))
+        self.calibration = student * (CALIBRATION_PRIOR + n * seen) / (CALIBRATION_PRIOR + n)
 
     def _coefficients_alone(self) -> None:
         """A first fit without g: what is far from most is given little weight."""
         for _ in range(REWEIGHTINGS):
-            self._coefficients(self._noise(Scales(noise=0.2)))
+            self._coefficients(np.diag(FIRST_NOISE**2 / self._weights))
             residual = self._log_y - _log_sum(self._rows.terms, self.log_coefficients)
             spread = max(1.4826 * float(np.median(np.abs(residual - np.median(residual)))), 0.02)
-            self._weights = np.minimum(1.0, 3.0 / np.maximum(np.abs(residual) / spread, 1e-12))
+            self._weights = _weights_of(residual / spread)
 
     def _coefficients(self, covariance: Array) -> None:
         """The most likely m_k, given g's and the noise's covariance [n, n]."""
@@ -133,14 +143,15 @@ class CostRegression:
                 break
         self.log_coefficients = m
 
-    def _condition(self) -> Array:
-        """Condition on the observations; returns leave-one-out errors in units of their deviation [n]."""
+    def _conditioned(self) -> Array:
+        """Condition on the observations; returns leave-one-out errors [n] in units of the deviation stated for them."""
         self._slopes = _slopes(self._rows.terms, self.log_coefficients)
-        residual = self._linearised()
-        self._factor = cho_factor(self._total(self.scales, slice(None)), lower=True)
-        self._alpha = cho_solve(self._factor, residual)
-        precision = np.diag(cho_solve(self._factor, np.eye(len(residual))))
-        return np.asarray(self._alpha / np.sqrt(precision))
+        total = self._covariance(self._rows, self._rows) + self._slopes @ self._prior @ self._slopes.T
+        self._factor = cho_factor(total + np.diag(self._noise()), lower=True)
+        self._alpha = cho_solve(self._factor, self._linearised())
+        precision = np.diag(cho_solve(self._factor, np.eye(len(self._log_y))))
+        stated = 1 / precision - self._noise() + self.scales.noise**2  # an outlier's own noise is not stated
+        return np.asarray(self._alpha / precision / np.sqrt(stated))
 
     def _linearised(self) -> Array:
         """What the guess, corrected by nothing, would leave over if the sum were linear in m [n]."""
@@ -150,52 +161,73 @@ class CostRegression:
     def _best_scales(self) -> Scales:
         """The scales of the highest evidence, one after the other, on some of the rows."""
         self._slopes = _slopes(self._rows.terms, self.log_coefficients)
-        some = slice(0, 96)
-        best, best_evidence = self.scales, self._evidence(self.scales, some)
+        evidence = self._evidence_on(slice(0, ROWS_FOR_SCALES))
+        best = self.scales
+        highest = evidence(best)
         for _ in range(ROUNDS):
             before = best
-            for name in ("noise", "linear", "smooth", "length"):
-                for value in GRID[name]:
-                    tried = best._replace(**{name: value})
-                    if tried != best and (evidence := self._evidence(tried, some)) > best_evidence + 1e-9:
-                        best, best_evidence = tried, evidence
+            for name, values in GRID.items():
+                for tried in (best._replace(**{name: value}) for value in values):
+                    if tried != best and (found := evidence(tried)) > highest + 1e-9:
+                        best, highest = tried, found
             if best == before:
                 break
         return best
 
-    def _evidence(self, scales: Scales, some: slice) -> float:
-        """Logarithm of the marginal likelihood, with what is thought of the scales beforehand."""
-        residual = self._linearised()[some]
-        factor = np.linalg.cholesky(self._total(scales, some))
-        white = np.linalg.solve(factor, residual)
-        beforehand = -0.5 * (math.log(scales.noise / NOISE_GUESS) / NOISE_GUESS_SPREAD) ** 2
-        beforehand -= SCALE_PENALTY * (GRID["linear"].index(scales.linear) if scales.linear in GRID["linear"] else 2)
-        beforehand -= SCALE_PENALTY * (GRID["smooth"].index(scales.smooth) if scales.smooth in GRID["smooth"] else 2)
-        return float(beforehand - 0.5 * white @ white - np.log(np.diag(factor)).sum())
-
-    def _total(self, scales: Scales, some: slice) -> Array:
+    def _evidence_on(self, some: slice) -> Callable[[Scales], float]:
+        """What gives the logarithm of the marginal likelihood of some rows, with what is thought of the scales."""
+        residual, slopes, weights = self._linearised()[some], self._slopes[some], self._weights[some]
         rows = Rows(*(part[some] for part in self._rows))
-        slopes = self._slopes[some]
-        return self._covariance(rows, rows, scales) + slopes @ self._prior @ slopes.T + self._noise(scales)[some, some]
+        product, squares = _geometry(rows.inputs, rows.inputs)
+        fixed = slopes @ self._prior @ slopes.T + self._of_fidelity(rows, rows)
+        smooth = {length: np.exp(-squares / (2 * length**2)) for length in GRID["length"]}
 
-    def _noise(self, scales: Scales) -> Array:
-        return np.diag(scales.noise**2 / self._weights + 1e-10)
+        def evidence(scales: Scales) -> float:
+            total = fixed + scales.linear**2 * product + scales.smooth**2 * smooth[scales.length]
+            total.flat[:: len(total) + 1] += scales.noise**2 / weights + JITTER
+            factor = np.linalg.cholesky(total)
+            white = solve_triangular(factor, residual, lower=True, check_finite=False)
+            beforehand = 0.5 * (math.log(scales.noise / NOISE_GUESS) / NOISE_GUESS_SPREAD) ** 2 + SCALE_PENALTY * (
+                GRID["linear"].index(scales.linear) + GRID["smooth"].index(scales.smooth)
+            )
+            return float(-0.5 * white @ white - np.log(factor.diagonal()).sum() - beforehand)
 
-    def _covariance(self, left: Rows, right: Rows, scales: Scales) -> Array:
-        """K: of g between places [m, n]."""
-        a, b = left.inputs - 0.5, right.inputs - 0.5
-        product = a @ b.T
-        squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None, :] - 2 * product
-        k = scales.linear**2 * product + scales.smooth**2 * np.exp(np.minimum(-squares / (2 * scales.length**2), 0.0))
-        far = np.array([AMOUNT_DEVIATION, RANKS_DEVIATION])
-        return np.asarray(k + ((left.fidelity - self._centre) * far) @ ((right.fidelity - self._centre) * far).T)
+        return evidence
+
+    def _noise(self) -> Array:
+        return np.asarray(self.scales.noise**2 / self._weights + JITTER)
+
+    def _covariance(self, left: Rows, right: Rows) -> Array:
+        """K: of g and of what a change of fidelity may bring, between places [m, n]."""
+        scales, (product, squares) = self.scales, _geometry(left.inputs, right.inputs)
+        g = scales.linear**2 * product + scales.smooth**2 * np.exp(-squares / (2 * scales.length**2))
+        return np.asarray(g + self._of_fidelity(left, right))
+
+    def _of_fidelity(self, left: Rows, right: Rows) -> Array:
+        return np.asarray(self._distance(left) @ self._distance(right).T)
+
+    def _distance(self, rows: Rows) -> Array:
+        """From the middle of what was seen, in deviations of log y [n, 2]."""
+        return np.asarray((rows.fidelity - self._centre) * (AMOUNT_DEVIATION, RANKS_DEVIATION))
 
     def _own_variance(self, places: Rows) -> Array:
-        a, scales = places.inputs - 0.5, self.scales
-        far = (places.fidelity - self._centre) * np.array([AMOUNT_DEVIATION, RANKS_DEVIATION])
-        if not len(self._log_y):
-            return np.zeros(len(a))
-        return np.asarray(scales.linear**2 * (a**2).sum(axis=1) + scales.smooth**2 + (far**2).sum(axis=1))
+        """The diagonal of K between places and themselves [m]."""
+        inputs = places.inputs - 0.5
+        g = self.scales.linear**2 * (inputs**2).sum(axis=1) + self.scales.smooth**2
+        return np.asarray(g + (self._distance(places) ** 2).sum(axis=1))
+
+
+def _geometry(left: Array, right: Array) -> tuple[Array, Array]:
+    """Inner products around the middle of the range, and squared distances [m, n]."""
+    a, b = left - 0.5, right - 0.5
+    product = a @ b.T
+    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None, :] - 2 * product
+    return product, np.maximum(squares, 0.0)
+
+
+def _weights_of(errors: Array) -> Array:
+    """Weights of a Student t (Lange, Little and Taylor 1989), given errors in units of their deviation; at most 1."""
+    return np.asarray(np.minimum(1.0, (FREEDOM + 1) / (FREEDOM + errors**2)))
 
 
 def _log_sum(terms: Array, m: Array) -> Array:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from wattier.workload import Workload
+if TYPE_CHECKING:  # of which one imports torch
+    from multiprocessing.connection import Connection
 
-N_TERMS = 8  # of a trial's seconds and joules, see `DevicePrior.seconds`
+    from wattier.config import RunConfig
+    from wattier.workload import Workload
+
+# How much less is known of each term of `DevicePrior.seconds` than of a product: sums over ranks may hide behind the
+# work or hold it up, by what lies between the ranks, and a process may start warm or cold.
+TERM_DOUBTS = (1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.5)
 RATED_WATTS_PER_CORE = 10.0  # as the estimated power source has it
 RATED_WATTS_PER_GPU = 350.0
 SMALL_OPERATORS = 50
+LONGEST_QUESTION_SECONDS = 60.0
 
 
 class DevicePrior(NamedTuple):
@@ -43,7 +51,7 @@ class DevicePrior(NamedTuple):
     seconds_per_process: float = 0.1
     seconds_per_start: float = 4.0
     exchange_bytes_per_second: float = 2e9
-    exchange_seconds: float = 5e-4
+    exchange_seconds: float = 1e-4
 
     def seconds(self, work: Workload, share: float = 1.0) -> tuple[float, ...]:
         """Wall seconds of each term of a trial that does `share` of its work [8]."""
@@ -76,6 +84,55 @@ class DevicePrior(NamedTuple):
 ANY_DEVICE = DevicePrior("any device", RATED_WATTS_PER_CORE, 3e10, 5e9, 1e-5, factor=10.0)
 
 
+def prior_of(config: RunConfig) -> DevicePrior:
+    """The device of a run's ranks, as far as this process can ask: less than half a second, on a GPU some seconds.
+
+    A GPU is asked by another process, which leaves nothing on it. Of the nodes of a cluster that runs elsewhere all
+    that is known is what this machine is like: the factor of the guess is 10.
+    """
+    import torch
+
+    from wattier.launch import runs_here
+
+    resources = config.resources
+    share = 1.0 if resources.gpus_per_rank is None else resources.gpus_per_rank
+    if torch.cuda.device_count() and share > 0:
+        prior = _asked_apart(share * RATED_WATTS_PER_GPU)
+    else:
+        watts = resources.cpus_per_rank * (config.telemetry.rated_watts_per_core or RATED_WATTS_PER_CORE)
+        prior = probe_device("this CPU", watts=watts, threads=resources.cpus_per_rank)
+    if runs_here(config):
+        return prior
+    return prior._replace(name=f"{prior.name}, which need not be like the cluster's nodes", factor=ANY_DEVICE.factor)
+
+
+def _asked_apart(watts: float) -> DevicePrior:
+    """Ask the first GPU in a process of its own; where that fails, a guess."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(there, watts), daemon=True)
+    process.start()
+    there.close()
+    found: DevicePrior | None = None
+    try:
+        found = here.recv() if here.poll(LONGEST_QUESTION_SECONDS) else None
+    except EOFError:  # it died
+        pass
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+    return found or DevicePrior("any GPU", watts, 1e13, 1e12, 1e-5, factor=ANY_DEVICE.factor)
+
+
+def _tell(there: Connection, watts: float) -> None:
+    """In that process."""
+    try:
+        there.send(probe_device("this GPU", watts=watts, on_gpu=True))
+    except (RuntimeError, AssertionError):  # taken by others, too full, or torch was built without it
+        there.send(None)
+
+
 def probe_device(name: str, *, watts: float, threads: int = 1, on_gpu: bool = False) -> DevicePrior:
     """Measure a device for less than half a second: a product, a copy, and small operators one after the other.
 
@@ -104,14 +161,16 @@ def probe_device(name: str, *, watts: float, threads: int = 1, on_gpu: bool = Fa
             x = small
             for _ in range(SMALL_OPERATORS):
                 x = x * 1.5
-            x.sum().backward()
+            torch.autograd.backward(x.sum())
 
         product = _median_seconds(lambda: torch.mm(a, b), wait)
         copy = _median_seconds(lambda: other.copy_(big), wait)
         operator = _median_seconds(few, wait) / (2 * SMALL_OPERATORS)
     finally:
         torch.set_num_threads(before)
-    return DevicePrior(name, watts, 2 * size**3 / product, 2 * 4 * big.numel() / copy, operator)
+    prior = DevicePrior(name, watts, 2 * size**3 / product, 2 * 4 * big.numel() / copy, operator)
+    # Between GPUs of a node, or of nodes with as many network cards.
+    return prior._replace(exchange_bytes_per_second=3e10, exchange_seconds=5e-5) if on_gpu else prior
 
 
 def _median_seconds(work: Callable[[], object], wait: Callable[[], None], limit_seconds: float = 0.1) -> float:

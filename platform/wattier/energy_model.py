@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wattier.config_space import ChoiceParameter, RangeParameter
-from wattier.cost_encoding import Encoding, amount, encoded_fidelity
+from wattier.cost_encoding import Encoding
 from wattier.cost_regression import CostRegression, Rows
-from wattier.device_prior import ANY_DEVICE, N_TERMS, DevicePrior
+from wattier.device_prior import ANY_DEVICE, TERM_DOUBTS, DevicePrior
 from wattier.records import Fidelity, Params
-from wattier.workload import Workload
+
+if TYPE_CHECKING:  # which imports torch
+    from wattier.workload import Workload
 
 MOST_ROWS = 192  # that are learned from at once; a refit stays within some tens of milliseconds
+OWN_TERMS = 2  # of a model of which nothing is known: the amount of training, and a process
 UNKNOWN_SCALE, UNKNOWN_RATIO = 1e9, 10.0
 # What a guess's factor is made of: one for all terms (watts, a busy machine), and one for each (how well products,
 # memory and operators are used). Together they are the factor, in squares, where one term is all the work.
 COMMON_SHARE, OWN_SHARE = 0.8, 0.6
-LARGEST = 1e18  # joules or seconds: thirty years of a whole exascale machine; more is a fault of a meter
+LARGEST = 1e18  # joules or seconds: what an exascale machine takes in a thousand years; more is a fault
 
 
 class Projection(NamedTuple):
@@ -45,9 +49,9 @@ class Projection(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One observation: order decides nothing, so rows are sorted by `key`."""
+    """One observation: order decides nothing, so rows are sorted by `key`, a hash of all else."""
 
-    key: int
+    key: bytes
     params: Params
     fidelity: Fidelity
     share: float
@@ -109,21 +113,24 @@ class EnergyModel:
         if kept_joules is None and kept_seconds is None:
             return
         workload = self._workload(params, fidelity) if self._workload else None
+        if workload is not None and not all(map(math.isfinite, workload)):
+            self.ignored["its work is not known"] += 1
+            return
         text = f"{sorted(params.items(), key=repr)} {fidelity} {share} {kept_joules} {kept_seconds} {method}"
-        self._rows.append(
-            _Row(
-                zlib.crc32(text.encode()), params, fidelity, share, workload, kept_joules, kept_seconds,
-                method if kept_joules is not None else None,
-            )
+        row = _Row(
+            hashlib.blake2b(text.encode(), digest_size=8).digest(), params, fidelity, share, workload, kept_joules,
+            kept_seconds, method,
         )  # fmt: skip
+        bisect.insort(self._rows, row, key=lambda row: row.key)
         self._fits.clear()
 
     def project(self, params: Params, fidelity: Fidelity) -> Projection:
         """What a trial will cost."""
-        values: list[float] = []
-        for fit in (self._fit("joules"), self._fit("seconds")):
-            values += fit.interval(params, fidelity) if fit else (math.nan,) * 3
-        return Projection(*values, basis=self._basis(fidelity))
+        unknown = (math.nan,) * 3
+        joules, seconds = (
+            fit.interval(params, fidelity) if fit else unknown for fit in (self._fit("joules"), self._fit("seconds"))
+        )
+        return Projection(*joules, *seconds, self._basis(fidelity))
 
     def joules(self, many: Sequence[Params], fidelity: Fidelity) -> NDArray[np.float64]:
         """Median joules of many trials [n]; NaN = unknown, see `Projection`."""
@@ -191,9 +198,11 @@ class _Fit:
         rows = _some_of(rows)
         self._encoding = Encoding((row.params for row in rows), space)
         values = np.log([float(getattr(row, what)) for row in rows])
-        self._n_terms = len(self._terms(None, Fidelity("", 1, 1, 1), 1.0)) if workload is None else N_TERMS
+        self._n_terms = OWN_TERMS if workload is None else len(TERM_DOUBTS)
+        # All structures, where a user's model says no number, are taken to be as many as were ever named.
+        self._all_structures = max((row.fidelity.structures or 1 for row in rows), default=1)
         terms = [self._terms(row.workload, row.fidelity, row.share) for row in rows]
-        fidelity = [encoded_fidelity(row.fidelity, row.share) for row in rows]
+        fidelity = [self._extent(row.workload, row.fidelity, row.share) for row in rows]
         seen = Rows(
             np.array(terms, dtype=np.float64).reshape(len(rows), self._n_terms),
             self._encoding([row.params for row in rows]),
@@ -202,7 +211,8 @@ class _Fit:
         # Of work that is not known, nothing is known of the scale that all trials have in common.
         spread = math.log(UNKNOWN_SCALE if workload is None else self._prior.factor)
         own = math.log(UNKNOWN_RATIO if workload is None else self._prior.factor)
-        self._regression = CostRegression(seen, values, COMMON_SHARE * spread, OWN_SHARE * own)
+        doubts = np.array(TERM_DOUBTS if workload is not None else (1.0,) * OWN_TERMS)
+        self._regression = CostRegression(seen, values, COMMON_SHARE * spread, OWN_SHARE * own * doubts)
 
     def interval(self, params: Params, fidelity: Fidelity) -> tuple[float, float, float]:
         """Median and the ends of the interval of 68 %."""
@@ -217,19 +227,26 @@ class _Fit:
     def _places(self, many: Sequence[Params], fidelity: Fidelity) -> Rows:
         works = [self._workload(params, fidelity) if self._workload else None for params in many]
         terms = np.array([self._terms(work, fidelity, 1.0) for work in works]).reshape(len(many), self._n_terms)
-        encoded = np.tile(encoded_fidelity(fidelity), (len(many), 1))
-        return Rows(terms, self._encoding(many), encoded)
+        extents = np.array([self._extent(work, fidelity, 1.0) for work in works]).reshape(len(many), 2)
+        return Rows(terms, self._encoding(many), extents)
 
     def _terms(self, work: Workload | None, fidelity: Fidelity, share: float) -> tuple[float, ...]:
         if work is not None:
             return self._prior.joules(work, share) if self._what == "joules" else self._prior.seconds(work, share)
-        done, ranks = amount(fidelity) * share, max(1, fidelity.ranks)
-        return (done, float(ranks)) if self._what == "joules" else (done / ranks, 1.0)
+        done = self._amount(fidelity) * share
+        return (done, float(fidelity.ranks)) if self._what == "joules" else (done / fidelity.ranks, 1.0)
+
+    def _extent(self, work: Workload | None, fidelity: Fidelity, share: float) -> tuple[float, float]:
+        """Logarithms of the structures gone through, base e, and of ranks, base 2."""
+        structures = self._amount(fidelity) if work is None else work.structures
+        return math.log(structures * share), math.log2(fidelity.ranks)
+
+    def _amount(self, fidelity: Fidelity) -> float:
+        return float((fidelity.structures or self._all_structures) * max(1, fidelity.epochs))
 
 
 def _some_of(rows: list[_Row]) -> list[_Row]:
-    """At most MOST_ROWS, shared out over fidelities as evenly as they allow; the same whatever their order was."""
-    rows = sorted(rows, key=lambda row: (row.key, repr(row.params)))
+    """At most MOST_ROWS, shared out over fidelities as evenly as they allow; rows are in the order of their keys."""
     if len(rows) <= MOST_ROWS:
         return rows
     piles: dict[Fidelity, list[_Row]] = {}
