@@ -204,8 +204,8 @@ def _print_plan(target: Path) -> None:
 
     config = RunDir.open(target).config() if target.is_dir() else load_config(target)
     rundir = RunDir(Path(config.run_dir).expanduser())
-    with store_for_plan(rundir, config) as store:
-        info = plan_info(rundir, config, costs_of(rundir, config, store), store)
+    store = store_for_plan(rundir, config)
+    info = plan_info(rundir, config, costs_of(rundir, config, store), store)
     print_plan(info, make_console())
 
 

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from wattier.config import RunConfig
 from wattier.config_search import StageSection
-from wattier.device_prior import RATED_WATTS_PER_CORE, RATED_WATTS_PER_GPU, DevicePrior, probe_device
+from wattier.device_prior import prior_of
 from wattier.energy_model import EnergyModel, Projection
 from wattier.errors import UserError
 from wattier.records import Fidelity, Params, TrialResult
@@ -62,19 +61,13 @@ class Costs:
 
 
 def costs_of(run: RunDir, config: RunConfig, store: Store | None) -> Costs:
-    """The costs of a run as far as its trials, and the physics of Wattier's own models, can tell."""
-    if store is None:
+    """The costs of a run as far as its trials, and the physics of Wattier's own models, can tell.
+
+    store: None = the data are not prepared yet, so what their structures are like is a guess.
+    """
+    if config.trial is not None:
         return Costs(EnergyModel(None, typed_space(config)), run.trials())
-    return Costs(EnergyModel(workload_of(config, store), typed_space(config), device_of(config)), run.trials())
-
-
-def device_of(config: RunConfig) -> DevicePrior:
-    """What one rank of a trial has, as far as this machine can tell before any trial has run."""
-    resources = config.resources
-    if resources.gpus_per_rank != 0 and torch.cuda.is_available():
-        return probe_device(torch.cuda.get_device_name(0), watts=RATED_WATTS_PER_GPU, on_gpu=True)
-    watts = (config.telemetry.rated_watts_per_core or RATED_WATTS_PER_CORE) * resources.cpus_per_rank
-    return probe_device("this CPU", watts=watts, threads=resources.cpus_per_rank)
+    return Costs(EnergyModel(workload_of(config, store), typed_space(config), prior_of(config)), run.trials())
 
 
 def refuse_small_budget(config: RunConfig, costs: Costs) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,18 +10,12 @@ import numpy as np
 
 from wattier.config import RunConfig
 from wattier.costs import SAMPLED, Costs
-from wattier.errors import UserError
 from wattier.funnel import fidelity_of, is_over
-from wattier.prepare import recipe_of, source_paths
 from wattier.records import Fidelity
 from wattier.rundir import FULL_STAGE, RunDir
 from wattier.space import random_points, typed_space
-from wattier.trial import model_config, settings_of
-from wattier.workload import disk_bytes
-from wattier_gnn.ingest import ingest
+from wattier.workload import disk_bytes, workload_of
 from wattier_gnn.store import Store
-
-MOST_BYTES = 200e6  # of files that are read for a plan; they take some tens of seconds
 
 
 class PlannedPhase(NamedTuple):
@@ -61,34 +52,13 @@ class PlanInfo(NamedTuple):
     full_joules: float | None
 
 
-@contextmanager
-def store_for_plan(run: RunDir, config: RunConfig) -> Iterator[Store | None]:
-    """The data that decide the price: the run's store, a shared one, or small files read for the moment.
-
-    Raises:
-        UserError: the data are large and not prepared yet.
-    """
+def store_for_plan(run: RunDir, config: RunConfig) -> Store | None:
+    """The data that decide the price: the run's store, or a shared one; None = they are not prepared yet."""
     if config.trial is not None:
-        yield None
-    elif run.store_manifest_path.exists():
-        yield Store(run.store_path)
-    elif config.data.store is not None:
-        yield Store(Path(config.data.store).expanduser())
-    else:
-        paths = source_paths(config.data.sources)
-        if _bytes_of(paths.values()) > MOST_BYTES:
-            raise UserError(
-                "data: are not prepared yet, but the sizes of their structures decide the price. Prepare them with "
-                "`wattier data ingest`, which costs little, and name the store in data.store."
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = recipe_of(config.data, config.seed)
-            yield ingest(paths, Path(folder) / "store", **recipe, say=lambda _: None, progress=lambda _: None)
-
-
-def _bytes_of(paths: Iterable[Path]) -> int:
-    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
-    return sum(file.stat().st_size for file in files if file.is_file())
+        return None
+    if run.store_manifest_path.exists():
+        return Store(run.store_path)
+    return None if config.data.store is None else Store(Path(config.data.store).expanduser())
 
 
 def plan_info(run: RunDir, config: RunConfig, costs: Costs, store: Store | None) -> PlanInfo:
@@ -112,6 +82,8 @@ def plan_info(run: RunDir, config: RunConfig, costs: Costs, store: Store | None)
         phases.append(_planned("full training", left, fidelity, config, costs, store, stops=True))
     point = random_points(typed_space(config), 1, config.seed)[0]
     basis = costs.model.project(point, fidelity_of(config.search.stages[0])).basis
+    if store is None and config.trial is None:
+        basis += "; the data are not prepared, so structures are taken to be as their sources are known to be"
     budgets = [None if b is None else b.energy_joules for b in (config.search.budget, full.budget)]
     return PlanInfo(tuple(phases), _total(phases), basis, budgets[0], budgets[1])
 
@@ -121,9 +93,9 @@ def _planned(  # noqa: PLR0913, PLR0917
 ) -> PlannedPhase:
     points = random_points(typed_space(config), SAMPLED, config.seed)
     disk = None
-    if store is not None:
-        averaged = config.training.ema_decay > 0
-        sizes = [disk_bytes(model_config(store, settings_of(config, p)[0]), averaged=averaged) for p in points]
+    if config.trial is None:
+        workload, averaged = workload_of(config, store), config.training.ema_decay > 0
+        sizes = [disk_bytes(workload(point, fidelity).parameters, averaged=averaged) for point in points]
         disk = trials * float(np.mean(sizes))
     known = [costs.project(point, fidelity) for point in points]
     every = [projection for projection in known if projection is not None]
