@@ -17,6 +17,7 @@ import torch
 from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.node_exporters import ExporterPlan, NodeExporters, ThisNode
+from wattier.power_cap import cap_ratio
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
 from wattier.rundir import RunDir, decode, read_json, write_json
 from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result
@@ -78,7 +79,8 @@ class Stage:
     def recorded(self, path: Path) -> TrialResult:
         """What a ``result.json`` holds; a user's own trial need not know what counts as throttled."""
         result = decode(path, TrialResult.from_dict, read_json(path))
-        return result.flagged(self.config.telemetry.throttled_share)
+        capped = cap_ratio(self.config, result.params) is not None
+        return result.flagged(self.config.telemetry.throttled_share, capped=capped)
 
 
 OnResult = Callable[[TrialResult], None]

@@ -95,9 +95,12 @@ class TrialResult:
     throttled_ratio: float | None = None
     throttled: bool = False
 
-    def flagged(self, throttled_share: float) -> TrialResult:
-        """The same result, which says whether its devices were throttled for more than a share of the time."""
-        ratio = self.energy.throttled_ratio
+    def flagged(self, throttled_share: float, *, capped: bool = False) -> TrialResult:
+        """The same result, which says whether its devices were throttled for more than a share of the time.
+
+        Where a power cap is what was tried, being held down by it does not count.
+        """
+        ratio = self.energy.throttled_ratio_but("power_cap") if capped else self.energy.throttled_ratio
         return replace(self, throttled_ratio=ratio, throttled=ratio is not None and ratio > throttled_share)
 
     @property

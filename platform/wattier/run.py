@@ -14,6 +14,7 @@ from wattier.evaluate import evaluate_run, member_summary
 from wattier.fulltrain import train_members, trained_members, untrained
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
 from wattier.metering import metered
+from wattier.power_cap import check_power_caps
 from wattier.prepare import prepare_data
 from wattier.records import Fidelity, Selection, TrialResult
 from wattier.release import export_release
@@ -150,6 +151,7 @@ def _check_stages(run: RunDir, config: RunConfig) -> None:
         full = config.full_training
         for fidelity in [*fidelities, Fidelity(FULL_STAGE, None, full.epochs, full.ranks)]:
             check_local_resources(Stage(run, config, fidelity, n_trials=0))
+        check_power_caps(config)
 
 
 def _teller(run: RunDir, totals: dict[str, int], listener: Listener) -> Callable[[TrialResult], None]:

@@ -21,6 +21,7 @@ import torch
 from wattier.config import ModelSection, RunConfig, TrainingSection
 from wattier.config_space import ChoiceParameter
 from wattier.metering import metered
+from wattier.power_cap import bill_with_remarks, cap_ratio, power_capped
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
 from wattier.rundir import (
     START_UP_PHASE,
@@ -108,6 +109,8 @@ def run_trial(context: TrialContext) -> TrialResult | None:
     rank = context.world.rank
     with ExitStack() as stack:
         warm_up(context)
+        ratio = cap_ratio(context.config, context.spec.proposal.params)
+        uncap = stack.enter_context(power_capped(context.folder, rank, context.gpus, ratio))
         meter, source = stack.enter_context(
             metered(
                 context.folder,
@@ -131,6 +134,7 @@ def run_trial(context: TrialContext) -> TrialResult | None:
             state, stopped_by = trainer.state, stop
             state.ended = state.ended or "stopped"
         meter.close()
+        uncap()
         barrier()  # all ranks' bills are final from here on
         if rank != 0:
             return None
@@ -241,7 +245,7 @@ def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
         energy=energy,
         error=error,
         attempts=_attempts(folder),
-    ).flagged(config.telemetry.throttled_share)
+    ).flagged(config.telemetry.throttled_share, capped=cap_ratio(config, spec.proposal.params) is not None)
 
 
 def _bill_so_far(context: TrialContext, meter: EnergyMeter) -> EnergyReport:
@@ -271,7 +275,7 @@ def _trainer(context: TrialContext, device: torch.device, bill_so_far: Callable[
             seed=spec.seed,
             val_energy_weight=config.training.energy_weight,
             val_force_weight=config.training.force_weight,
-            **training.model_dump(),
+            **training.for_trainer(),
         ),
         train_indices=choose_subset(store.indices(TRAIN), store.source_index, spec.fidelity.structures, config.seed),
         val_indices=store.indices(VAL),
@@ -346,7 +350,7 @@ def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_
     diverged = state.ended == "diverged"
     epochs = {record["epoch"]: record for record in read_json_lines(context.folder / "epochs.jsonl")}
     best = epochs.get(state.best_epoch, {})
-    energy = bill(context.folder)
+    energy = bill_with_remarks(context.folder)
     return TrialResult(
         run=context.config.name,
         trial_id=spec.proposal.trial_id,
@@ -366,7 +370,9 @@ def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_
         started_at=started_at,
         attempts=_attempts(context.folder),
         diverged=diverged,
-    ).flagged(context.config.telemetry.throttled_share)
+    ).flagged(
+        context.config.telemetry.throttled_share, capped=cap_ratio(context.config, spec.proposal.params) is not None
+    )
 
 
 def _attempts(folder: Path) -> int:

@@ -142,7 +142,7 @@ def test_dies_of_four_packages_add_up_to_the_true_energy(play):
 
 
 def test_power_and_its_caps_are_halved_too(play):
-    source = play(*package(480, cap=500, cap_max=560))
+    source = play(*package(480, limit=500, limit_max=560))
     for device in source.devices():
         reading = source.read(device)
         assert (reading.power_watts, reading.power_limit_watts, reading.power_limit_max_watts) == (240, 250, 280)
@@ -200,8 +200,8 @@ def test_hidden_half_of_a_package_is_not_billed(play, monkeypatch):
 
 
 def test_reading_holds_every_figure_in_base_units(play):
-    figures = {"gfx_clock": 2100, "mem_clock": 1300, "gfx_busy": 88, "umc_busy": 33, "vram_used": 2048, "cap": 750}
-    more = {"cap_max": 800, "ecc_corrected": 3, "ecc_uncorrected": 1}
+    figures = {"gfx_clock": 2100, "mem_clock": 1300, "gfx_busy": 88, "umc_busy": 33, "vram_used": 2048, "limit": 750}
+    more = {"limit_max": 800, "ecc_corrected": 3, "ecc_uncorrected": 1}
     source = play(mi300x(650, offset=7e6, stuck=0, **SENSORS, **figures, **more))
     (device,) = source.devices()
     reading = source.read(device)
@@ -251,8 +251,8 @@ def test_power_is_the_field_that_is_there(play, extra, watts, averaged):
         ("vram_total", "memory_total_bytes"),
         ("hotspot", "temperature_celsius"),
         ("vram", "memory_temperature_celsius"),
-        ("cap", "power_limit_watts"),
-        ("cap_max", "power_limit_max_watts"),
+        ("limit", "power_limit_watts"),
+        ("limit_max", "power_limit_max_watts"),
         ("ecc_corrected", "ecc_corrected"),
         ("ecc_uncorrected", "ecc_uncorrected"),
     ],
