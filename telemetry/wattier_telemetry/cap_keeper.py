@@ -122,7 +122,8 @@ def _the_lock(folder: Path, device: Device, holder: Process, wait_seconds: float
     """
     deadline = time.monotonic() + wait_seconds
     while True:
-        with locked(folder, device.uuid, holder) as user:
+        with locked(folder, device.uuid, holder) as other:
+            user = other
             if user is None:
                 note = read_note(folder, device.uuid)
                 if note is None or note.holder == holder or not is_held(note):

@@ -1,6 +1,5 @@
 """AMD GPUs: the real amdsmi binding against a simulated libamd_smi.so (drivers/amd_smi.c)."""
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -22,6 +21,9 @@ MI300X = {"name": "AMD_Instinct_MI300X", "gfx": "942", "average": "na", "refresh
 SENSORS = {"edge": 41, "hotspot": 55, "vram": 62}
 
 
+pytestmark = pytest.mark.usefixtures("fresh_binding")
+
+
 def die(watts=400.0, **extra):
     return SimulatedDevice(high=watts, extra={**MI250X, **extra})
 
@@ -33,37 +35,6 @@ def package(watts=400.0, **extra):
 
 def mi300x(watts=700.0, **extra):
     return SimulatedDevice(high=watts, extra={**MI300X, **extra})
-
-
-def forget_binding():
-    for name in [name for name in sys.modules if name.split(".")[0] == "amdsmi"]:
-        del sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def build_amd():
-    path = Path(__file__).parent / "drivers" / "build_amd.py"
-    spec = importlib.util.spec_from_file_location("build_amd", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def rocm(build_amd, tmp_path_factory):
-    """A ROCm folder that holds the simulated library and nothing else."""
-    return build_amd.build(tmp_path_factory.mktemp("amd") / "rocm")
-
-
-@pytest.fixture(autouse=True)
-def fresh_binding(monkeypatch, tmp_path):
-    """No binding is loaded, and the machine's own ROCm is out of sight."""
-    monkeypatch.delenv("ROCM_HOME", raising=False)
-    monkeypatch.delenv("WATTIER_SCENARIO", raising=False)
-    monkeypatch.setenv("ROCM_PATH", str(tmp_path / "no-rocm"))
-    forget_binding()
-    yield
-    forget_binding()
 
 
 @pytest.fixture
