@@ -89,8 +89,8 @@ def _power_caps_where_allowed(config: RunConfig) -> None:
         return
     if not config.resources.allow_power_cap:
         raise ValueError(
-            "power_cap_ratio is given, which sets power limits of GPUs, but resources.allow_power_cap is false. Set it "
-            "to true if you may do so on these machines, or remove power_cap_ratio"
+            "power_cap_ratio is given, which sets power limits, but resources.allow_power_cap is false. Set it to true "
+            "if you may set those of the GPUs, or remove power_cap_ratio"
         )
     gpus = config.resources.gpus_per_rank
     if gpus is not None and gpus < 1:

@@ -48,9 +48,9 @@ class Driver(NamedTuple):
             file.write(_RECORD.pack(time.monotonic(), watts, device, os.getpid()))
 
 
-def eventually(condition) -> None:
+def eventually(condition, patience_seconds=PATIENCE_SECONDS) -> None:
     """Wait for a condition, or fail."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + patience_seconds
     while not condition():
         assert time.monotonic() < deadline, "it has not come true"
         time.sleep(0.01)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pynvml
 import pytest
 from cap_holder import GPU, Driver, Holder
-from scenario import SimulatedDevice, write_scenario
+from scenario import SimulatedDevice, build_nvml, write_scenario
 
 HERE = Path(__file__).parent
 MASKS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "WATTIER_POWER_SOURCE")
@@ -28,11 +28,7 @@ def bare_environment(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def nvml_folder(tmp_path_factory):
     """Compile the simulated NVML once and return its folder, for LD_LIBRARY_PATH."""
-    folder = tmp_path_factory.mktemp("nvml")
-    library = folder / "libnvidia-ml.so.1"
-    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
-    subprocess.run([*command, "-o", str(library), str(HERE / "drivers/nvml.c"), "-lm"], check=True)
-    return folder
+    return build_nvml(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture

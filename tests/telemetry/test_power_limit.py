@@ -93,7 +93,9 @@ class TestRefused:
 
     def test_folder_that_others_write_to(self, driver, caps):
         caps.chmod(0o777)
-        with pytest.raises(PowerCapError, match=r"no folder that this user alone may write to\. Set WATTIER_POWER_CAPS"):
+        with pytest.raises(
+            PowerCapError, match=r"no folder that this user alone may write to\. Set WATTIER_POWER_CAPS"
+        ):
             PowerCap(GPU, 0.5).__enter__()
         assert driver.sets() == []
 
