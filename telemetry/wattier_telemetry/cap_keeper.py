@@ -130,7 +130,7 @@ def _the_lock(folder: Path, device: Device, holder: Process, wait_seconds: float
                     yield
                     return
                 user = note.holder  # its keeper was killed
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or not holder.is_alive():
             raise PowerCapError(_in_use(device, user))
         time.sleep(0.02)
 

@@ -111,7 +111,7 @@ def hold(request: dict) -> None:
     try:
         with cap:
             if request.get("with_child") and not os.fork():
-                time.sleep(PATIENCE_SECONDS)  # a worker that inherits every open file, and outlives its parent
+                time.sleep(10 * PATIENCE_SECONDS)  # a worker that inherits every open file, and outlives its parent
                 os._exit(0)
             say(watts=cap.watts, before=cap.before_watts)
             while not (end.exists() and end.read_text()):

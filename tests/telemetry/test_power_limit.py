@@ -85,10 +85,10 @@ class TestRefused:
     def test_hanging_driver_does_not_hold_the_trial_for_ever(self, simulated_nvml, driver, monkeypatch):
         monkeypatch.setattr("wattier_telemetry.power_cap.ANSWER_SECONDS", 0.3)
         cap = PowerCap(GPU, 0.5, wait_seconds=0.2)
-        simulated_nvml(SimulatedDevice(600, extra={"hang": 0, "hang_for": 2}))
+        simulated_nvml(SimulatedDevice(600, extra={"hang": 0, "hang_for": 1}))
         with pytest.raises(PowerCapError, match=r"driver has not answered for 0\.5 s"):
             cap.__enter__()
-        time.sleep(2.2)
+        time.sleep(1)
         eventually(lambda: driver.watts() == 700)
 
     def test_folder_that_others_write_to(self, driver, caps):
