@@ -94,6 +94,7 @@ class TrainingSection(Section):
     warmup_steps, warmup_epochs: the learning rate rises from 0 for so long. schedule: plateau, or a cosine to the end.
     sharding: none = a copy of the model a rank (DDP), fsdp = a part of it a rank.
     checkpoint_seconds: time between two checkpoints within an epoch. prefetch_batches: read ahead in the background.
+    power_cap_ratio: the power limit of each GPU while it trains, as a part of its default limit; null = as it is.
     """
 
     batch_structures: Positive = 32
@@ -121,6 +122,11 @@ class TrainingSection(Section):
     sharding: Literal["none", "fsdp"] = "none"
     checkpoint_seconds: PositiveFloat = 300.0
     prefetch_batches: Annotated[int, Field(ge=0, le=64)] = 2
+    power_cap_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    def for_trainer(self) -> dict[str, Any]:
+        """The settings that the trainer itself is given."""
+        return self.model_dump(exclude={"power_cap_ratio"})
 
 
 def field_type(name: str) -> Any:
@@ -189,12 +195,14 @@ class FullTrainingSection(Section):
 
 class ResourcesSection(Section):
     """What one rank of a trial gets. gpus_per_rank: at most 1; null = one GPU, or equal parts where there are fewer.
-    address: of a running Ray cluster, or null for a private one on this machine."""
+    address: of a running Ray cluster, or null for a private one on this machine. allow_power_cap: whether trials may
+    set power limits of GPUs, which are put back afterwards."""
 
     cpus_per_rank: Positive = 1
     gpus_per_rank: Annotated[float, Field(ge=0, le=1)] | None = None
     address: str | None = None
     retries: Annotated[int, Field(ge=0)] = 1
+    allow_power_cap: bool = False
 
 
 class TelemetrySection(Section):

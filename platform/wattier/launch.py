@@ -20,7 +20,7 @@ from wattier.errors import UserError
 from wattier.node_exporters import ExporterPlan, NodeExporters, ThisNode
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
 from wattier.rundir import RunDir, decode, read_json, write_json
-from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result
+from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result, judged
 from wattier_gnn.distributed import World
 
 
@@ -88,8 +88,7 @@ class Stage:
     def recorded(self, path: Path) -> TrialResult:
         """What a ``result.json`` holds; a user's own trial need not know what counts as throttled."""
         result = decode(path, TrialResult.from_dict, read_json(path))
-        limits = self.config.search.constraints.limits()
-        return result.flagged(self.config.telemetry.throttled_share, limits)
+        return judged(result, self.config)
 
 
 OnResult = Callable[[TrialResult], None]

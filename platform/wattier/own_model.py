@@ -28,7 +28,7 @@ from wattier.metering import metered
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.records import EpochRecord, Params, Status, TrialResult, finite_or_none
 from wattier.rundir import RunDir, append_json_line, write_json
-from wattier.trial import RunTrial, TrialContext, count_attempts, own_folder, registered
+from wattier.trial import RunTrial, TrialContext, count_attempts, judged, own_folder, registered
 from wattier_telemetry import EnergyReport, Share, TrialRegistration, bill
 from wattier_telemetry.journal import Journal
 
@@ -280,7 +280,7 @@ def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: 
         )
     status: Status = "complete" if last.epoch >= trial.epochs and not diverged else "pruned"
     energy = bill(context.folder)
-    return TrialResult(
+    result = TrialResult(
         run=context.config.name,
         trial_id=spec.proposal.trial_id,
         params=spec.proposal.params,
@@ -299,7 +299,8 @@ def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: 
         diverged=diverged,
         projected_joules=spec.proposal.projected_joules,
         peak_memory_bytes=memory_bytes,
-    ).flagged(context.config.telemetry.throttled_share, context.config.search.constraints.limits())
+    )
+    return judged(result, context.config)
 
 
 def _real(name: str, value: Any) -> float:

@@ -103,14 +103,17 @@ class TrialResult:
     peak_memory_bytes: int | None = None
     limit_ratios: dict[str, float] = field(default_factory=dict)
 
-    def flagged(self, throttled_share: float, limits: Mapping[str, float] | None = None) -> TrialResult:
-        """The same result, which says whether its devices were throttled for more than a share of the time.
+    def flagged(
+        self, throttled_share: float, *, limits: Mapping[str, float] | None = None, capped: bool = False
+    ) -> TrialResult:
+        """The same result, which says whether it is comparable, and what it used of each limit.
 
         Args:
-            throttled_share: the largest share that is still comparable, 0 to 1.
+            throttled_share: the largest share of device time under a throttle reason that is still comparable, 0 to 1.
             limits: what a trial may use at most: memory_bytes, wall_seconds, mean_watts.
+            capped: a power cap is what was tried, so being held down by it does not count.
         """
-        ratio = self.energy.throttled_ratio
+        ratio = self.energy.throttled_ratio_but("power_cap") if capped else self.energy.throttled_ratio
         used = {
             "memory_bytes": self.peak_memory_bytes, "wall_seconds": self.wall_seconds, "mean_watts": self.mean_watts
         }  # fmt: skip

@@ -18,6 +18,7 @@ from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resource
 from wattier.metering import check_source, metered
 from wattier.objectives import Converge, Objectives
 from wattier.own_model import STATED, own_trial_of
+from wattier.power_cap import check_power_caps
 from wattier.prepare import prepare_data
 from wattier.records import Fidelity, Params, Selection, TrialResult
 from wattier.release import export_release
@@ -203,6 +204,7 @@ def _check_stages(run: RunDir, config: RunConfig) -> None:
         full = config.full_training
         for fidelity in [*fidelities, Fidelity(FULL_STAGE, None, full.epochs, full.ranks)]:
             check_local_resources(Stage(run, config, fidelity, n_trials=0))
+        check_power_caps(config)
 
 
 def _teller(run: RunDir, totals: dict[str, int], listener: Listener) -> Callable[[TrialResult], None]:

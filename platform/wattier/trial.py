@@ -22,6 +22,7 @@ from wattier.config import ModelSection, RunConfig, TrainingSection
 from wattier.config_space import ChoiceParameter
 from wattier.metering import metered
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
+from wattier.power_cap import bill_with_remarks, cap_ratio, power_capped
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
 from wattier.rundir import (
     START_UP_PHASE,
@@ -109,6 +110,8 @@ def run_trial(context: TrialContext) -> TrialResult | None:
     rank = context.world.rank
     with ExitStack() as stack:
         warm_up(context)
+        ratio = cap_ratio(context.config, context.spec.proposal.params)
+        uncap = stack.enter_context(power_capped(context.folder, rank, context.gpus, ratio))
         meter, source = stack.enter_context(
             metered(
                 context.folder,
@@ -134,6 +137,7 @@ def run_trial(context: TrialContext) -> TrialResult | None:
             state.ended = state.ended or "stopped"
         memory_bytes = int(largest(peak_memory_bytes(device) or 0, device)) or None
         meter.close()
+        uncap()
         barrier()  # all ranks' bills are final from here on
         if rank != 0:
             return None
@@ -230,7 +234,7 @@ def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
     epochs = run.epochs(spec.fidelity.stage, spec.proposal.trial_id)
     last = epochs[-1] if epochs else None
     energy = bill(folder)
-    return TrialResult(
+    result = TrialResult(
         run=config.name,
         trial_id=spec.proposal.trial_id,
         params=spec.proposal.params,
@@ -245,7 +249,8 @@ def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
         error=error,
         attempts=count_attempts(folder),
         projected_joules=spec.proposal.projected_joules,
-    ).flagged(config.telemetry.throttled_share, config.search.constraints.limits())
+    )
+    return judged(result, config)
 
 
 def _bill_so_far(context: TrialContext, meter: EnergyMeter) -> EnergyReport:
@@ -275,7 +280,7 @@ def _trainer(context: TrialContext, device: torch.device, bill_so_far: Callable[
             seed=spec.seed,
             val_energy_weight=config.training.energy_weight,
             val_force_weight=config.training.force_weight,
-            **training.model_dump(),
+            **training.for_trainer(),
         ),
         train_indices=choose_subset(store.indices(TRAIN), store.source_index, spec.fidelity.structures, config.seed),
         val_indices=store.indices(VAL),
@@ -352,8 +357,8 @@ def _result(
     diverged = state.ended == "diverged"
     epochs = {record["epoch"]: record for record in read_json_lines(context.folder / "epochs.jsonl")}
     best = epochs.get(state.best_epoch, {})
-    energy = bill(context.folder)
-    return TrialResult(
+    energy = bill_with_remarks(context.folder)
+    result = TrialResult(
         run=context.config.name,
         trial_id=spec.proposal.trial_id,
         params=spec.proposal.params,
@@ -374,7 +379,17 @@ def _result(
         diverged=diverged,
         projected_joules=spec.proposal.projected_joules,
         peak_memory_bytes=memory_bytes,
-    ).flagged(context.config.telemetry.throttled_share, context.config.search.constraints.limits())
+    )
+    return judged(result, context.config)
+
+
+def judged(result: TrialResult, config: RunConfig) -> TrialResult:
+    """The same result, held against what the config allows."""
+    return result.flagged(
+        config.telemetry.throttled_share,
+        limits=config.search.constraints.limits(),
+        capped=cap_ratio(config, result.params) is not None,
+    )
 
 
 def count_attempts(folder: Path) -> int:
