@@ -1,0 +1,105 @@
+"""Search quality, side by side: hypervolume against joules spent, of ours and of the searches people use instead.
+
+Objectives are loss and joules at the highest fidelity, both minimised. Every joule counts: low fidelities, stopped
+trials. Only configurations evaluated at the highest fidelity score, by their loss without noise, over the hypervolume of
+the true front (reference point: its worst corner and a tenth of its extent beyond). Trials run one at a time; training
+that goes on to a higher epoch pays for the difference only. Nothing is gated on these figures.
+
+    python tests/bench_search.py --problems branin_currin,gp3 --methods random,tpe --seeds 5
+    python tests/bench_search.py --seeds 20 --jobs 2 --cache /tmp/bench-search --json search.json
+"""
+
+from __future__ import annotations
+
+import os
+
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import argparse
+import json
+import platform
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+from search import compare, runs, show
+from search.functions import BUILT_IN
+
+from wattier.errors import UserError
+
+DEFAULT_PROBLEMS = ",".join(BUILT_IN)
+
+
+def main() -> int:
+    options = _options()
+    warnings.simplefilter("ignore")  # of other libraries, about themselves
+    try:
+        _bench(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> None:
+    problems = [runs.problem_named(name) for name in _names(options.problems)]
+    methods = _names(options.methods)
+    for name in methods:
+        runs.method_named(name)
+    tasks = [
+        runs.Task(problem.name, method, seed, options.budget)
+        for problem in problems for method in methods for seed in range(options.seeds)
+    ]  # fmt: skip
+    made = runs.make_runs(tasks, options.jobs, options.cache, lambda line: print(line, file=sys.stderr))
+    facts = _facts(options)
+    print(" ".join(f"{key} {value}" for key, value in facts.items()))
+    found = []
+    for problem in problems:
+        mine = [run for run in made if run.problem == problem.name]
+        print("\n".join(show.curve_lines(problem, mine)))
+        found += show.duels(problem, mine)
+    print("\n".join(show.verdict_lines(found)))
+    if options.json is not None:
+        curves = {
+            problem.name: {
+                method: compare.quartiles(traces)
+                for method, traces in show.traces_by_method(
+                    [r for r in made if r.problem == problem.name], problem
+                ).items()
+            }
+            for problem in problems
+        }
+        report = {
+            "facts": facts, "fractions": compare.FRACTIONS, "curves": curves,
+            "duels": [d.__dict__ for d in found], "runs": [compare.as_dict(run) for run in made],
+        }  # fmt: skip
+        options.json.write_text(json.dumps(report))
+
+
+def _facts(options: argparse.Namespace) -> dict[str, str]:
+    names = (*runs.LIBRARIES, "scipy")
+    facts = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {**facts, "machine": f"{os.cpu_count()} cores {platform.machine()}", "seeds": f"0..{options.seeds - 1}"}
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", default=DEFAULT_PROBLEMS, help=f"commas between; default: {DEFAULT_PROBLEMS}")
+    known = ",".join(runs.METHODS)
+    parser.add_argument("--methods", default=known, help=f"commas between; default: {known}")
+    parser.add_argument("--seeds", type=int, default=20, help="repeats of everything; default 20")
+    parser.add_argument("--budget", type=float, default=60.0, help="in trainings of median cost; default 60")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default one a core")
+    parser.add_argument("--cache", type=Path, help="a folder that keeps baselines' runs for the next bench")
+    parser.add_argument("--json", type=Path, help="write all figures and runs to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
