@@ -1,9 +1,9 @@
 """Search quality, side by side: hypervolume against joules spent, of ours and of the searches people use instead.
 
 Objectives are loss and joules at the highest fidelity, both minimised. Every joule counts: low fidelities, stopped
-trials. Only configurations evaluated at the highest fidelity score, by their loss without noise, over the hypervolume of
-the true front (reference point: its worst corner and a tenth of its extent beyond). Trials run one at a time; training
-that goes on to a higher epoch pays for the difference only. Nothing is gated on these figures.
+trials. Only configurations evaluated at the highest fidelity score, by their loss without noise; their hypervolume is
+divided by the true front's (reference point: its worst corner and a tenth of its extent beyond). Trials run one at a
+time; training that goes on to a higher epoch pays for the difference only. Nothing is gated on these figures.
 
     python tests/bench_search.py --problems branin_currin,gp3 --methods random,tpe --seeds 5
     python tests/bench_search.py --seeds 20 --jobs 2 --cache /tmp/bench-search --json search.json
@@ -11,13 +11,9 @@ that goes on to a higher epoch pays for the difference only. Nothing is gated on
 
 from __future__ import annotations
 
-import os
-
-for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_variable, "1")
-
 import argparse
 import json
+import os
 import platform
 import sys
 import warnings
@@ -62,15 +58,10 @@ def _bench(options: argparse.Namespace) -> None:
         found += show.duels(problem, mine)
     print("\n".join(show.verdict_lines(found)))
     if options.json is not None:
-        curves = {
-            problem.name: {
-                method: compare.quartiles(traces)
-                for method, traces in show.traces_by_method(
-                    [r for r in made if r.problem == problem.name], problem
-                ).items()
-            }
-            for problem in problems
-        }
+        curves = {}
+        for problem in problems:
+            traces = show.traces_by_method([run for run in made if run.problem == problem.name], problem)
+            curves[problem.name] = {method: compare.quartiles(rows) for method, rows in traces.items()}
         report = {
             "facts": facts, "fractions": compare.FRACTIONS, "curves": curves,
             "duels": [d.__dict__ for d in found], "runs": [compare.as_dict(run) for run in made],

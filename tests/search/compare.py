@@ -1,7 +1,7 @@
-"""From runs to curves: hypervolume against joules, and the joules at which one method is as good as another in the end.
+"""From runs to curves: hypervolume against joules, and the joules at which one method has what another has in the end.
 
-Hypervolume is that of the configurations evaluated at the highest fidelity so far, by their loss without noise and their
-joules, over the hypervolume of the true front; a run's curve is a step function that never falls.
+Hypervolume is that of the configurations evaluated at the highest fidelity so far, by their loss without noise and
+their joules, over the hypervolume of the true front; a run's curve is a step function that never falls.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def zdt(number: int, dims: int) -> FunctionProblem:
 
 
 def dtlz2(dims: int) -> FunctionProblem:
-    """DTLZ2 with two objectives (Deb et al. 2002): one is the loss, the other drives joules, so cost needs tuning too."""
+    """DTLZ2 with two objectives (Deb et al. 2002): one is the loss, the other drives joules; cost needs tuning too."""
 
     def g(c: Columns, shift: float) -> Array:
         rest = np.column_stack(list(c.values()))[:, 1:]

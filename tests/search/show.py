@@ -67,7 +67,7 @@ def verdict_lines(found: Sequence[Duel]) -> Iterator[str]:
     """The fraction of the budget at which ours has what others have in the end; the verdict; where ours loses."""
     if not found:
         return
-    yield "\nfraction of the full budget at which ours reaches a baseline's final median (median over seeds [quartiles])"
+    yield "\nfraction of the budget at which ours reaches a baseline's final median: median over seeds [quartiles]"
     yield f"{'problem':20}{'ours':10}{'baseline':16}{'its final':>10}{'our final':>10}   at fraction"
     for d in found:
         yield (
