@@ -7,6 +7,13 @@ time; training that goes on to a higher epoch pays for the difference only. Noth
 
     python tests/bench_search.py --problems branin_currin,gp3 --methods random,tpe --seeds 5
     python tests/bench_search.py --seeds 20 --jobs 2 --cache /tmp/bench-search --json search.json
+    python tests/bench_search.py --table measured.csv
+
+A table is a CSV of trainings: columns `fidelity` (or `epoch`, `epochs`), `loss` (or `val_loss`), `joules` (or
+`energy_joules`, cumulative from the training's start), where there are repeats `seed` (or `repeat`), and one a
+hyper-parameter, numbers or words; each training has a row at each fidelity. The space is inferred and printed: at most
+12 different numbers are ordered choices, more are a range (on a log scale where positive and spread over more than a
+factor 20), words are choices. A proposal becomes the nearest configuration of the table, for all methods alike.
 """
 
 from __future__ import annotations
@@ -21,11 +28,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from search import compare, runs, show
+from search.baselines import MULTI_FIDELITY
+from search.csv_table import read_table
 from search.functions import BUILT_IN
 
 from wattier.errors import UserError
 
-DEFAULT_PROBLEMS = ",".join(BUILT_IN)
+DEFAULT_PROBLEMS = ",".join([*BUILT_IN, "nas-cora", "nas-arxiv"])
+DEFAULT_METHODS = ",".join(name for name in runs.METHODS if name != "gp")
 
 
 def main() -> int:
@@ -40,13 +50,18 @@ def main() -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    problems = [runs.problem_named(name) for name in _names(options.problems)]
+    for path in options.table:
+        table = read_table(path)
+        runs.TABLES[table.name] = table
+    chosen = options.problems or (",".join(runs.TABLES) if runs.TABLES else DEFAULT_PROBLEMS)
+    problems = [runs.problem_named(name) for name in _names(chosen)]
     methods = _names(options.methods)
     for name in methods:
         runs.method_named(name)
     tasks = [
         runs.Task(problem.name, method, seed, options.budget)
         for problem in problems for method in methods for seed in range(options.seeds)
+        if len(problem.epochs) > 1 or method not in MULTI_FIDELITY  # else it is random search
     ]  # fmt: skip
     made = runs.make_runs(tasks, options.jobs, options.cache, lambda line: print(line, file=sys.stderr))
     facts = _facts(options)
@@ -70,8 +85,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _facts(options: argparse.Namespace) -> dict[str, str]:
-    names = (*runs.LIBRARIES, "scipy")
-    facts = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    facts = {"python": platform.python_version(), **{name: version(name) for name in runs.LIBRARIES}}
     return {**facts, "machine": f"{os.cpu_count()} cores {platform.machine()}", "seeds": f"0..{options.seeds - 1}"}
 
 
@@ -81,9 +95,15 @@ def _names(text: str) -> list[str]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", default=DEFAULT_PROBLEMS, help=f"commas between; default: {DEFAULT_PROBLEMS}")
-    known = ",".join(runs.METHODS)
-    parser.add_argument("--methods", default=known, help=f"commas between; default: {known}")
+    parser.add_argument(
+        "--problems", help=f"commas between; default: {DEFAULT_PROBLEMS}; also gp<number> and nas-<dataset>"
+    )
+    parser.add_argument(
+        "--table", type=Path, action="append", default=[], help="a CSV; named, only tables are searched"
+    )
+    parser.add_argument(
+        "--methods", default=DEFAULT_METHODS, help=f"commas between; default: {DEFAULT_METHODS}; also gp, minutes a run"
+    )
     parser.add_argument("--seeds", type=int, default=20, help="repeats of everything; default 20")
     parser.add_argument("--budget", type=float, default=60.0, help="in trainings of median cost; default 60")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default one a core")

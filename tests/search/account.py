@@ -21,6 +21,7 @@ class Account:
     """Joules spent so far, and what they bought.
 
     Attributes:
+        strict: refuse a step that the budget does not pay for; else a method keeps to it by itself, or is seen not to.
         finished: for each trial that reached the highest fidelity (joules spent by then, its loss without noise, its
             joules), in order.
         steps: how often each fidelity was reached.
@@ -29,6 +30,7 @@ class Account:
     problem: Problem
     budget_joules: float
     seed: int
+    strict: bool = True
     spent_joules: float = 0.0
     finished: list[tuple[float, float, float]] = field(default_factory=list)
     steps: dict[int, int] = field(default_factory=dict)
@@ -54,7 +56,7 @@ class SimulatedTrial:
         """
         account, problem = self.account, self.account.problem
         joules = problem.joules(self.params, epoch)
-        if account.spent_joules + joules - self.joules > account.budget_joules:
+        if account.strict and account.spent_joules + joules - self.joules > account.budget_joules:
             raise BudgetSpentError
         account.spent_joules += joules - self.joules
         self.joules = joules

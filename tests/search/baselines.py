@@ -2,7 +2,7 @@
 
 Single fidelity (every trial trained to the end): random search, Optuna's NSGA-II, TPE and Gaussian process, all on both
 objectives. Several fidelities: Ray's ASHA on the loss with random proposals and with Optuna's TPE, and syne-tune's
-MO-ASHA. Rungs stand at the problem's epochs, the reduction factor is 3.
+MO-ASHA. Rungs stand at the problem's epochs, so the reduction factor is the factor between them.
 
 syne-tune 0.16 ranks by `NonDominatedPriority`, whose docstring promises a priority for each item; what it returns is
 the items' indices in sorted order, so a trial goes on or stops by another one's place. `mo-asha` is the class as
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from search.account import Account, BudgetSpentError
+from search.problems import reduction, reports
 from search.space import Array, draw, from_optuna, optuna_space, syne_tune_space
 from threadpoolctl import threadpool_limits
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 Method = Callable[[Account, int], None]
-REDUCTION = 3
 
 
 def random_search(account: Account, seed: int) -> None:
@@ -101,8 +101,10 @@ def mo_asha_ranked(account: Account, seed: int) -> None:
 
     class Ranked(MOPriority):  # type: ignore[misc]
         def priority_unsafe(self, objectives: Array) -> Array:
-            ranks = np.empty(len(objectives))
-            ranks[nondominated_sort(X=objectives, dim=0)] = np.arange(len(objectives))
+            n_kept = len(objectives) // reduction(account.problem) + 1  # whoever comes later is stopped anyway
+            kept = nondominated_sort(X=objectives, dim=0, max_items=n_kept)
+            ranks = np.full(len(objectives), len(objectives))
+            ranks[kept] = np.arange(len(kept))
             return ranks
 
     _mo_asha(account, seed, Ranked())
@@ -117,7 +119,7 @@ def _mo_asha(account: Account, seed: int, priority: Any) -> None:
     epochs = account.problem.epochs
     scheduler = MOASHA(
         syne_tune_space(account.problem.space), metrics=["loss", "joules"], time_attr="epoch", max_t=epochs[-1],
-        grace_period=epochs[0], reduction_factor=REDUCTION, multiobjective_priority=priority,
+        grace_period=epochs[0], reduction_factor=reduction(account.problem), multiobjective_priority=priority,
         random_seed=seed,
     )  # fmt: skip
     trial_id = 0
@@ -125,7 +127,7 @@ def _mo_asha(account: Account, seed: int, priority: Any) -> None:
         told = Trial(trial_id=trial_id, config=suggestion.config, creation_time=None)
         scheduler.on_trial_add(told)
         trial = account.open(suggestion.config)
-        for epoch in epochs:
+        for epoch in reports(account.problem):
             loss = trial.run_to(epoch)
             result = {"epoch": epoch, "loss": loss, "joules": trial.joules}
             if scheduler.on_trial_result(told, result) == SchedulerDecision.STOP:
@@ -158,7 +160,7 @@ def _ray_asha(
     epochs = account.problem.epochs
     scheduler = scheduler_class(
         time_attr="epoch", metric="loss", mode="min", max_t=epochs[-1], grace_period=epochs[0],
-        reduction_factor=REDUCTION,
+        reduction_factor=reduction(account.problem),
     )  # fmt: skip
     number = 0
     while True:
@@ -166,7 +168,7 @@ def _ray_asha(
         told = SimpleNamespace(trial_id=str(number))
         scheduler.on_trial_add(None, told)
         trial = account.open(params)
-        for epoch in epochs:
+        for epoch in reports(account.problem):
             loss = trial.run_to(epoch)
             stopped = scheduler.on_trial_result(None, told, {"epoch": epoch, "loss": loss}) == stop
             state = "complete" if epoch == epochs[-1] else "stopped" if stopped else "running"

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -151,6 +152,22 @@ def reference_point(front: Array) -> tuple[float, float]:
 def true_hypervolume(front: Array) -> float:
     """What a search that has found everything would score."""
     return hypervolume(front, reference_point(front))
+
+
+def reduction(problem: Problem) -> int:
+    """The factor between fidelities where it is one whole number, else 3."""
+    factors = {b / a for a, b in pairwise(problem.epochs)}
+    factor = factors.pop() if len(factors) == 1 else 3.0
+    return int(factor) if factor.is_integer() else 3
+
+
+def reports(problem: Problem) -> list[int]:
+    """Epochs at which every method is told the loss: the problem's, and the rungs between the first and the last."""
+    first, last = problem.epochs[0], problem.epochs[-1]
+    rungs = [first]
+    while rungs[-1] < last:
+        rungs.append(rungs[-1] * reduction(problem))
+    return sorted({*problem.epochs, *(rung for rung in rungs if rung < last)})
 
 
 def drawn(problem: FunctionProblem, n: int, seed: int) -> list[Params]:

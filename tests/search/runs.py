@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import multiprocessing
@@ -13,16 +14,21 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from search.account import Account
 from search.baselines import BASELINES, Method, run_method
 from search.compare import Run, as_dict, from_dict
 from search.functions import BUILT_IN, random_function
+from search.nas_graph import DATASETS, nas_graph
+from search.ours import OURS
 from search.problems import Problem
+from search.space import draw
 
 from wattier.errors import UserError, did_you_mean
 
-LIBRARIES = ("numpy", "optuna", "ray", "syne-tune")
-METHODS: dict[str, Method] = {**BASELINES}
+LIBRARIES = ("moocore", "numpy", "optuna", "ray", "scipy", "syne-tune")
+METHODS: dict[str, Method] = {**BASELINES, **OURS}
+TABLES: dict[str, Problem] = {}  # by name; read before the processes are forked
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,16 @@ class Task:
 
 @cache
 def problem_named(name: str) -> Problem:
-    """A built-in problem, or a random function of any number."""
+    """A table that was read, a built-in problem, or a random function of any number."""
+    if name in TABLES:
+        return TABLES[name]
     if name in BUILT_IN:
         return BUILT_IN[name]()
+    if name.startswith("nas-") and name[4:] in DATASETS:
+        return nas_graph(name[4:])
     if name.startswith("gp") and name[2:].isdecimal() and len(name) < 10:
         return random_function(int(name[2:]))
-    known = ", ".join([*BUILT_IN, "gp<number>"])
+    known = ", ".join([*BUILT_IN, "gp<number>", *(f"nas-{dataset}" for dataset in DATASETS)])
     raise UserError(f"--problems: unknown problem {name!r}, known are {known}.{did_you_mean(name, BUILT_IN)}")
 
 
@@ -57,7 +67,8 @@ def method_named(name: str) -> Method:
 def make_run(task: Task) -> Run:
     """One search, in this process."""
     problem = problem_named(task.problem)
-    account = Account(problem, task.trainings * problem.median_joules, task.seed)
+    budget_joules = task.trainings * problem.median_joules
+    account = Account(problem, budget_joules, task.seed, strict=task.method in BASELINES)
     started = time.perf_counter()
     run_method(method_named(task.method), account, task.seed)
     seconds = time.perf_counter() - started
@@ -112,16 +123,37 @@ def _keep(task: Task, run: Run, folder: Path | None) -> None:
 
 
 def _kept_path(task: Task, folder: Path | None) -> Path | None:
-    """Where a baseline's run is kept: it is another one once the bench, the libraries or the table are."""
+    """Where a baseline's run is kept: it is another one once the problem, the bench or the libraries are."""
     if folder is None or task.method not in BASELINES:
         return None
-    key = hashlib.sha256(f"{task} {_fingerprint()}".encode()).hexdigest()[:16]
-    return folder / f"{task.problem}-{task.method}-{task.seed}-{key}.json".replace("/", "_")
+    key = hashlib.sha256(f"{task} {_code()} {_behaviour(task.problem)}".encode()).hexdigest()[:16]
+    return folder / f"{task.problem}-{task.method}-{task.seed}-{key}.json"
 
 
 @cache
-def _fingerprint() -> str:
-    folder = Path(__file__).parent
-    sources = [folder / name for name in ("account.py", "baselines.py", "functions.py", "problems.py", "space.py")]
-    text = "".join(path.read_text() for path in sources) + " ".join(version(name) for name in LIBRARIES)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _code() -> str:
+    """Of the simulator and the baselines, without comments and docstrings, and the libraries' versions."""
+    trees = []
+    for name in ("account.py", "baselines.py", "space.py"):
+        tree = ast.parse((Path(__file__).parent / name).read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value = ast.Constant(None)
+        trees.append(ast.dump(tree))
+    return " ".join([*trees, *(f"{name} {version(name)}" for name in LIBRARIES)])
+
+
+@cache
+def _behaviour(name: str) -> str:
+    """What a problem answers at some points."""
+    problem, rng = problem_named(name), np.random.default_rng(0)
+    points = [problem.snap(draw(problem.space, rng)) for _ in range(20)]
+    answers = [
+        (
+            params,
+            problem.truth(params),
+            [(problem.loss(params, e, 0), problem.joules(params, e)) for e in problem.epochs],
+        )
+        for params in points
+    ]
+    return repr((problem.space, problem.epochs, problem.median_joules, answers))

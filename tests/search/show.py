@@ -8,6 +8,7 @@ from statistics import median
 from search.baselines import MULTI_FIDELITY, SINGLE_FIDELITY
 from search.compare import CENSORED, FRACTIONS, Duel, Run, Trace, best, duel, quartiles, trace
 from search.problems import Problem, reference_point
+from search.space import is_ordered, is_whole
 
 SINGLE_TARGET, MULTI_TARGET = 0.35, 1.0
 
@@ -25,6 +26,7 @@ def curve_lines(problem: Problem, runs: Sequence[Run]) -> Iterator[str]:
     corner = reference_point(problem.front)
     budget, n_seeds = runs[0].budget_joules, len({run.seed for run in runs})
     yield f"\n{problem.name}: {len(problem.space)} hyper-parameters, fidelities {', '.join(map(str, problem.epochs))}"
+    yield from space_lines(problem)
     yield (
         f"budget {budget:.4g} J = {budget / problem.median_joules:.4g} trainings of median cost, {n_seeds} seeds; "
         f"reference point: loss {corner[0]:.4g}, {corner[1]:.4g} J"
@@ -42,6 +44,21 @@ def curve_lines(problem: Problem, runs: Sequence[Run]) -> Iterator[str]:
         seconds = median(run.wall_seconds for run in mine)
         reached = ", ".join(f"{n} x {epoch}" for epoch, n in steps.items())
         yield f"  {name}: median trials x epochs reached {reached}; {seconds:.1f} s of the search's own time"
+
+
+def space_lines(problem: Problem) -> Iterator[str]:
+    """The space, as it is searched; of a table, what was inferred."""
+    for name, entry in problem.space.items():
+        if "choices" in entry:
+            shown = ", ".join(map(str, entry["choices"][:12])) + (", ..." if len(entry["choices"]) > 12 else "")
+            kind = "ordered" if is_ordered(entry) else "unordered"
+            yield f"  {name}: {len(entry['choices'])} {kind} choices: {shown}"
+        else:
+            kind, scale = (
+                "whole numbers" if is_whole(entry) else "numbers",
+                " on a log scale" if entry.get("log") else "",
+            )
+            yield f"  {name}: {kind} {entry['low']:g} to {entry['high']:g}{scale}"
 
 
 def duels(problem: Problem, runs: Sequence[Run]) -> list[Duel]:
