@@ -138,6 +138,8 @@ def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     if "" in header or len(set(header)) < len(header):
         _refuse(f"{path}:1", "has a column without a name or two of one name, but each must have its own. Rename them")
     for number, cells in found[1:]:
+        if any("\0" in cell for cell in cells):
+            _refuse(f"{path}:{number}", "holds NUL bytes, but must be text. Export it anew")
         if len(cells) != len(header):
             _refuse(
                 f"{path}:{number}", f"has {len(cells)} cells, but must have {len(header)} as the header. Correct it"
