@@ -30,6 +30,7 @@ from pathlib import Path
 from search import compare, runs, show
 from search.baselines import MULTI_FIDELITY
 from search.csv_table import read_table
+from search.draw import figure
 from search.functions import BUILT_IN
 
 from wattier.errors import UserError
@@ -79,9 +80,13 @@ def _bench(options: argparse.Namespace) -> None:
             curves[problem.name] = {method: compare.quartiles(rows) for method, rows in traces.items()}
         report = {
             "facts": facts, "fractions": compare.FRACTIONS, "curves": curves,
-            "duels": [d.__dict__ for d in found], "runs": [compare.as_dict(run) for run in made],
+            "duels": [d.__dict__ for d in found],
+            "verdicts": [{**v._asdict(), "duels": [d.baseline for d in v.duels]} for v in show.verdicts(found)],
+            "runs": [compare.as_dict(run) for run in made],
         }  # fmt: skip
         options.json.write_text(json.dumps(report))
+    if options.figure is not None:
+        figure(problems, made).write_html(options.figure, include_plotlyjs=True)
 
 
 def _facts(options: argparse.Namespace) -> dict[str, str]:
@@ -109,6 +114,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default one a core")
     parser.add_argument("--cache", type=Path, help="a folder that keeps baselines' runs for the next bench")
     parser.add_argument("--json", type=Path, help="write all figures and runs to this file")
+    parser.add_argument("--figure", type=Path, help="draw the curves into this HTML file")
     return parser.parse_args()
 
 

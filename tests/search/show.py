@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from statistics import median
+from typing import NamedTuple
 
 from search.baselines import MULTI_FIDELITY, SINGLE_FIDELITY
 from search.compare import CENSORED, FRACTIONS, Duel, Run, Trace, best, duel, quartiles, trace
@@ -85,32 +86,56 @@ def verdict_lines(found: Sequence[Duel]) -> Iterator[str]:
     if not found:
         return
     yield "\nfraction of the budget at which ours reaches a baseline's final median: median over seeds [quartiles]"
-    yield f"{'problem':20}{'ours':10}{'baseline':16}{'its final':>10}{'our final':>10}   at fraction"
+    yield f"{'problem':20}{'ours':12}{'baseline':16}{'its final':>10}{'our final':>10}   at fraction"
     for d in found:
         yield (
-            f"{d.problem:20}{d.ours:10}{d.baseline:16}{d.level:10.3f}{d.ours_final:10.3f}   "
+            f"{d.problem:20}{d.ours:12}{d.baseline:16}{d.level:10.3f}{d.ours_final:10.3f}   "
             f"{_fraction(d.fraction)} [{_fraction(d.lower)} {_fraction(d.upper)}]"
         )
-    groups = (("single-fidelity", SINGLE_FIDELITY, SINGLE_TARGET), ("multi-fidelity", MULTI_FIDELITY, MULTI_TARGET))
+    for verdict in verdicts(found):
+        yield (
+            f"\n{verdict.ours} against the best {verdict.group} baseline of each problem: "
+            f"median {_fraction(verdict.fraction)} of its joules (target {verdict.target}: "
+            f"{'met' if verdict.is_met else 'NOT met'})"
+        )
+        yield from (f"  {d.problem}: {d.baseline}, {_fraction(d.fraction)}" for d in verdict.duels)
+    lost = [d for d in found if d.fraction >= 1 or d.ours_final < d.level]
+    yield "\nwhere ours loses: " + ("it does not" if not lost else "")
+    for d in lost:
+        yield f"  {d.problem}: {d.ours} to {d.baseline}, in the end {d.ours_final:.3f} against {d.level:.3f}"
+
+
+class Verdict(NamedTuple):
+    """Ours against the best of a group of baselines, over problems.
+
+    Attributes:
+        duels: with the best one of each problem.
+        fraction: the median over problems.
+        target: what it must be, in words.
+    """
+
+    ours: str
+    group: str
+    duels: list[Duel]
+    fraction: float
+    target: str
+    is_met: bool
+
+
+def verdicts(found: Sequence[Duel]) -> list[Verdict]:
+    """Of each of our methods against the single-fidelity and the multi-fidelity baselines."""
+    groups = (("single-fidelity", list(SINGLE_FIDELITY)), ("multi-fidelity", list(MULTI_FIDELITY)))
+    made = []
     for ours in dict.fromkeys(d.ours for d in found):
-        for label, group, target in groups:
-            yield from _group_lines(ours, label, against([d for d in found if d.ours == ours], list(group)), target)
-
-
-def _group_lines(ours: str, label: str, chosen: Sequence[Duel], target: float) -> Iterator[str]:
-    if not chosen:
-        return
-    overall = median(d.fraction for d in chosen)
-    met = overall <= target if target < 1 else overall < target
-    yield (
-        f"\n{ours} against the best {label} baseline of each problem: median {_fraction(overall)} of its joules "
-        f"(target {'<=' if target < 1 else '<'} {target:g}: {'met' if met else 'NOT met'})"
-    )
-    for d in chosen:
-        if d.fraction > target or d.fraction >= 1 or d.ours_final < d.level:
-            behind = f", in the end {d.ours_final:.3f} against {d.level:.3f}" if d.ours_final < d.level else ""
-            word = "loses to" if d.fraction >= 1 or d.ours_final < d.level else "misses the target against"
-            yield f"  {d.problem}: {word} {d.baseline}, {_fraction(d.fraction)} of the joules{behind}"
+        for label, group in groups:
+            chosen = against([d for d in found if d.ours == ours], group)
+            if chosen:
+                overall = median(d.fraction for d in chosen)
+                single = label == "single-fidelity"
+                is_met = overall <= SINGLE_TARGET if single else overall < MULTI_TARGET
+                target = f"<= {SINGLE_TARGET:g}" if single else f"< {MULTI_TARGET:g}"
+                made.append(Verdict(ours, label, chosen, overall, target, is_met))
+    return made
 
 
 def _fraction(value: float) -> str:

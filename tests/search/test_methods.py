@@ -110,7 +110,10 @@ def test_the_verdict_names_the_losses():
     found = [d for p in problems for d in show.duels(p, [run for run in made if run.problem == p.name])]
     text = "\n".join(show.verdict_lines(found))
     assert median(d.fraction for d in found) == pytest.approx((0.3 + CENSORED) / 2)
-    assert "zdt1: loses to tpe, > 1 of the joules" in text and "branin_currin: " not in text
+    losses = text.partition("where ours loses")[2]
+    assert "zdt1: ours to tpe" in losses and "branin_currin" not in losses
+    (verdict,) = show.verdicts(found)
+    assert (verdict.group, verdict.is_met) == ("single-fidelity", False)
 
 
 def test_kept_runs_are_the_runs(tmp_path):
