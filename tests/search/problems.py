@@ -162,12 +162,17 @@ def reduction(problem: Problem) -> int:
 
 
 def reports(problem: Problem) -> list[int]:
-    """Epochs at which every method is told the loss: the problem's, and the rungs between the first and the last."""
-    first, last = problem.epochs[0], problem.epochs[-1]
-    rungs = [first]
-    while rungs[-1] < last:
-        rungs.append(rungs[-1] * reduction(problem))
-    return sorted({*problem.epochs, *(rung for rung in rungs if rung < last)})
+    """Epochs at which every method is told the loss: the problem's, and the rungs."""
+    return sorted({*problem.epochs, *rungs(problem)})
+
+
+def rungs(problem: Problem) -> list[int]:
+    """Epochs at which successive halving compares: the first, times the reduction factor, and so on below the last."""
+    found, epoch = [], problem.epochs[0]
+    while epoch < problem.epochs[-1]:
+        found.append(epoch)
+        epoch *= reduction(problem)
+    return found
 
 
 def drawn(problem: FunctionProblem, n: int, seed: int) -> list[Params]:

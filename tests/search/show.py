@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from search.baselines import MULTI_FIDELITY, SINGLE_FIDELITY
 from search.compare import CENSORED, FRACTIONS, Duel, Run, Trace, best, duel, quartiles, trace
-from search.problems import Problem, reference_point
+from search.problems import Problem, reference_point, rungs
 from search.space import is_ordered, is_whole
 
 SINGLE_TARGET, MULTI_TARGET = 0.35, 1.0
@@ -26,7 +26,9 @@ def curve_lines(problem: Problem, runs: Sequence[Run]) -> Iterator[str]:
     """The whole curve of every method: median [quartiles] at each fraction of the budget."""
     corner = reference_point(problem.front)
     budget, n_seeds = runs[0].budget_joules, len({run.seed for run in runs})
-    yield f"\n{problem.name}: {len(problem.space)} hyper-parameters, fidelities {', '.join(map(str, problem.epochs))}"
+    epochs = list(map(str, problem.epochs))
+    listed = ", ".join(epochs if len(epochs) <= 6 else [*epochs[:2], "...", epochs[-1]])
+    yield f"\n{problem.name}: {len(problem.space)} hyper-parameters, fidelities {listed}"
     yield from space_lines(problem)
     yield (
         f"budget {budget:.4g} J = {budget / problem.median_joules:.4g} trainings of median cost, {n_seeds} seeds; "
@@ -41,7 +43,8 @@ def curve_lines(problem: Problem, runs: Sequence[Run]) -> Iterator[str]:
         yield f"{fraction:7.2f}" + "".join(cell.rjust(width) for cell in cells)
     for name in traces:
         mine = [run for run in runs if run.method == name]
-        steps = {epoch: round(median(run.steps.get(str(epoch), 0) for run in mine)) for epoch in problem.epochs}
+        shown = problem.epochs if len(problem.epochs) <= 6 else [*rungs(problem), problem.epochs[-1]]
+        steps = {epoch: round(median(run.steps.get(str(epoch), 0) for run in mine)) for epoch in shown}
         seconds = median(run.wall_seconds for run in mine)
         reached = ", ".join(f"{n} x {epoch}" for epoch, n in steps.items())
         yield f"  {name}: median trials x epochs reached {reached}; {seconds:.1f} s of the search's own time"
