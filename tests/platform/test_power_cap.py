@@ -159,7 +159,7 @@ def test_cap_that_did_not_last_is_a_warning_of_the_bill(simulate, make, monkeypa
         spent.append(record)
         return True
 
-    monkeypatch.setattr("wattier.search.SearchPolicy.on_epoch", lambda self, _, record: meddle(self, record))
+    monkeypatch.setattr("wattier.policy.SearchPolicy.on_epoch", lambda self, _, record: meddle(self, record))
     search(run, config)
     (result,) = run.trials()
     (warning,) = [text for text in result.energy.warnings if "cap" in text]
