@@ -23,6 +23,7 @@ from wattier.config_space import (
     Section,
 )
 from wattier.errors import UserError, did_you_mean
+from wattier.storage_url import check_url
 from wattier.strict_yaml import read_yaml
 
 PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
@@ -149,12 +150,23 @@ class StageSection(Section):
 
 
 class SearchSection(Section):
-    """The funnel of stages. Objectives are always validation loss and joules, both minimised, within one stage."""
+    """The funnel of stages. Objectives are always validation loss and joules, both minimised, within one stage.
+
+    warm_start: run directories or CSV files whose trials are known from the start.
+    storage: a database for optuna-dashboard, such as postgresql://host/name; null = a file in the run directory.
+    """
 
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     max_concurrent: Positive | None = None
+    warm_start: list[PathText] = Field(default=[])
+    storage: str | None = None
     space: dict[str, Parameter]
     stages: list[StageSection] = Field(min_length=1)
+
+    @field_validator("storage")
+    @classmethod
+    def _without_password(cls, url: str | None) -> str | None:
+        return url if url is None else check_url(url)
 
     @field_validator("space")
     @classmethod
