@@ -16,8 +16,13 @@ from wattier.records import Params, Proposal, TrialResult, finite_or_none
 
 METRIC_NAMES = ("val_loss", "energy_joules")
 TRIAL_KEY, STATUS_KEY, OWNER_KEY = "trial", "status", "config_sha256"
+FIGURES = (
+    "val_loss", "energy_joules", "energy_joules_low", "energy_joules_high", "energy_method", "epochs",
+    "structures_seen", "seconds", "parameters", "attempts", "throttled", "error",
+)  # fmt: skip
 ERROR_CHARACTERS = 500
 _METRIC_NAMES_KEY = "study:metric_names"  # what Study.set_metric_names sets, with a warning that it is experimental
+_CONSTRAINTS_KEY = "constraints"  # Optuna and its dashboard take trials with one above 0 off the front
 
 
 class Wanted(NamedTuple):
@@ -27,6 +32,7 @@ class Wanted(NamedTuple):
     params: Params
     values: tuple[float, float] | None
     attributes: dict[str, Any]
+    constraints: tuple[float, ...] = ()  # above 0 = it used more than a limit allows
     started: datetime | None = None  # in UTC
     ended: datetime | None = None
 
@@ -35,7 +41,7 @@ def wanted_of_result(result: TrialResult, space: Mapping[str, BaseDistribution])
     """A trial that ended: COMPLETE only if it finished its stage, with a loss and joules that can be compared.
 
     One that was stopped or diverged is PRUNED; one that failed, was interrupted, or has no joules is FAIL. Its figures
-    are attributes, whatever its state, since Optuna keeps values of COMPLETE trials only.
+    are attributes, whatever its state, since Optuna keeps values of COMPLETE trials only; unknown ones are left out.
     """
     status = "diverged" if result.diverged else result.status
     state, values = TrialState.FAIL, None
@@ -45,27 +51,25 @@ def wanted_of_result(result: TrialResult, space: Mapping[str, BaseDistribution])
     elif status in ("pruned", "diverged"):
         state = TrialState.PRUNED
     params, others = _split(result.params, space)
+    energy = result.energy
+    figures = (
+        loss, joules, energy.joules_low, energy.joules_high, energy.method, result.epochs_done,
+        result.structures_seen, result.wall_seconds, result.n_parameters, result.attempts, result.throttled,
+        result.error[:ERROR_CHARACTERS] if result.error else None,
+    )  # fmt: skip
     attributes: dict[str, Any] = {
         TRIAL_KEY: result.trial_id,
         STATUS_KEY: status,
-        "val_loss": loss,
-        "energy_joules": joules,
-        "energy_joules_low": result.energy.joules_low,
-        "energy_joules_high": result.energy.joules_high,
-        "energy_method": result.energy.method,
-        "epochs": result.epochs_done,
-        "structures_seen": result.structures_seen,
-        "seconds": result.wall_seconds,
-        "parameters": result.n_parameters,
-        "attempts": result.attempts,
-        "throttled": result.throttled,
-        "error": result.error[:ERROR_CHARACTERS] if result.error else None,
+        **dict(zip(FIGURES, figures, strict=True)),
         **{f"outside space: {name}": value for name, value in others.items()},
     }
-    attributes = {name: finite_or_none(value) for name, value in attributes.items()}
+    limits: Mapping[str, float] = getattr(result, "limit_ratios", {})
+    attributes |= {f"share of limit: {name}": ratio for name, ratio in limits.items()}
+    attributes = {name: known for name, value in attributes.items() if (known := finite_or_none(value)) is not None}
     started = _time(result.started_at)
     ended = started + timedelta(seconds=max(0.0, result.wall_seconds)) if started else None
-    return Wanted(state, params, values, attributes, started, ended)
+    constraints = tuple(ratio - 1 for ratio in limits.values())
+    return Wanted(state, params, values, attributes, constraints, started, ended)
 
 
 def wanted_of_open(proposal: Proposal, space: Mapping[str, BaseDistribution], *, running: bool) -> Wanted:
@@ -89,7 +93,8 @@ class MirroredStudy:
             self.has_strays = self.has_strays or TRIAL_KEY not in trial.user_attrs or trial_id in self._there
             values = (trial.values[0], trial.values[1]) if trial.values else None
             self._numbers[trial_id] = trial._trial_id
-            self._there[trial_id] = Wanted(trial.state, dict(trial.params), values, dict(trial.user_attrs))
+            constraints = tuple(trial.constraints.values())
+            self._there[trial_id] = Wanted(trial.state, trial.params, values, trial.user_attrs, constraints)
 
     @classmethod
     def opened(
@@ -156,6 +161,8 @@ class MirroredStudy:
         for key, value in wanted.attributes.items():
             if key not in there.attributes or there.attributes[key] != value:
                 self.storage.set_trial_user_attr(number, key, value)
+        if wanted.constraints != there.constraints:
+            self.storage.set_trial_system_attr(number, _CONSTRAINTS_KEY, list(wanted.constraints))
         if wanted.state != there.state and not self.storage.set_trial_state_values(number, wanted.state, wanted.values):
             raise RuntimeError(f"trial {wanted.attributes[TRIAL_KEY]} is being changed by somebody else")
 
@@ -174,16 +181,15 @@ class MirroredStudy:
             params=wanted.params,
             distributions={name: self._space[name] for name in wanted.params},
             user_attrs=wanted.attributes,
-            system_attrs={},
+            system_attrs={_CONSTRAINTS_KEY: list(wanted.constraints)} if wanted.constraints else {},
             intermediate_values={},  # of a study with two objectives Optuna shows none
         )
 
 
 def _is_same(there: Wanted, wanted: Wanted) -> bool:
     """Whether a trial is as it is to be; what a person added to it, or when it was written, does not matter."""
-    return (there.state, there.params, there.values) == (wanted.state, wanted.params, wanted.values) and all(
-        key in there.attributes and there.attributes[key] == value for key, value in wanted.attributes.items()
-    )
+    ours = {key: value for key, value in there.attributes.items() if key in FIGURES or key in wanted.attributes}
+    return there[:3] == wanted[:3] and ours == wanted.attributes and there.constraints == wanted.constraints
 
 
 def _split(params: Params, space: Mapping[str, BaseDistribution]) -> tuple[Params, Params]:
