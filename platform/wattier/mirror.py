@@ -13,6 +13,7 @@ import shlex
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from optuna.storages import BaseStorage
@@ -20,14 +21,15 @@ from optuna.trial import TrialState
 
 from wattier.config import RunConfig
 from wattier.errors import UserError
-from wattier.mirror_storage import open_database, open_journal
-from wattier.mirror_study import STATUS_KEY, MirroredStudy, Wanted, wanted_of_open, wanted_of_result
+from wattier.mirror_storage import let_go, open_database, open_journal
+from wattier.mirror_study import STATUS_KEY, MirroredStudy, Wanted, open_study, wanted_of_open, wanted_of_result
 from wattier.records import Proposal, TrialResult
-from wattier.rundir import RunDir, decode, hold_lock, read_json
+from wattier.rundir import FULL_STAGE, RunDir, decode, hold_lock, read_json
 from wattier.search import distributions
 from wattier.storage_url import STORAGE_VARIABLE, check_url, chosen_url, redacted, secrets_of
 
 JOURNAL = "optuna-journal.log"
+NO_TRIAL = ""  # of a stage that has none, whose study may be that of a run which was started over
 CLOSE_SECONDS, REBUILD_SECONDS = 10.0, 600.0
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 300.0  # between two attempts to reach a storage
 
@@ -56,6 +58,7 @@ class Mirror:
         self._due: dict[tuple[str, str], None] = {}
         self._studies: dict[str, MirroredStudy] = {}
         self._storage: BaseStorage | None = None
+        self._synced = 0
         self._changed = threading.Condition()
         self._busy, self._closing, self._failure, self._has_warned = False, False, "", False
         self._thread = threading.Thread(target=self._work, name="optuna-mirror", daemon=True)
@@ -90,6 +93,8 @@ class Mirror:
         with self._changed:
             self._wanted, self._studies = wanted, {}
             self._due = {(stage, trial_id): None for stage, trials in wanted.items() for trial_id in trials}
+            self._due |= {(stage, NO_TRIAL): None for stage in (*self._sections, FULL_STAGE) if stage not in wanted}
+            self._synced += 1
             self._changed.notify_all()
 
     def flush(self, timeout_seconds: float) -> str | None:
@@ -146,13 +151,15 @@ class Mirror:
                 if failure:
                     self._due = {**dict.fromkeys(due), **self._due}
                 self._changed.notify_all()
-                if is_last and (failure or not self._due):
-                    break
-                if failure:
+                done = is_last and (failure or not self._due)
+                if failure and not done:
                     self._changed.wait_for(lambda: self._closing, pause)
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-                else:
+                elif not failure:
                     pause, self._has_warned = PAUSE_SECONDS, False
+            if done:
+                self._forget_storage()
+                return
 
     def _write(self, due: list[tuple[str, str]]) -> str:
         """Write some trials; returns why that failed, in one line, or nothing."""
@@ -160,9 +167,7 @@ class Mirror:
             for stage, trial_id in due:
                 self._write_one(stage, trial_id)
         except Exception as error:  # noqa: BLE001  (a database may fail in any way; the search goes on)
-            self._storage = None
-            with self._changed:
-                self._studies = {}
+            self._forget_storage()
             text = str(error).partition("(Background on this error")[0]  # what SQLAlchemy adds
             reason = redacted(f"{type(error).__name__}: {text}", self.url or "")[:300]
             self._warn(reason)
@@ -171,40 +176,52 @@ class Mirror:
 
     def _write_one(self, stage: str, trial_id: str) -> None:
         with self._changed:
-            study, wanted = self._studies.get(stage), self._wanted.get(stage, {}).get(trial_id)
+            study, every = self._studies.get(stage), self._wanted.get(stage, {})
+            wanted, as_of = every.get(trial_id), self._synced
         if study is None:
-            study = self._open_study(stage)
-            if study.holds_others_than(self._all_of(stage)):
+            study = self._open_study(stage, create=wanted is not None)
+            if study is not None and study.holds_others_than(self._all_of(stage)):
                 study = self._made_anew(stage, study)
-        if wanted is not None and not study.put(trial_id, wanted):
+        if study is not None and wanted is not None and not study.put(trial_id, wanted):
             study = self._made_anew(stage, study)
         with self._changed:
-            self._studies[stage] = study
+            if study is not None and as_of == self._synced:
+                self._studies[stage] = study
 
     def _all_of(self, stage: str) -> dict[str, Wanted]:
         with self._changed:
             return dict(self._wanted.get(stage, {}))
 
-    def _made_anew(self, stage: str, study: MirroredStudy) -> MirroredStudy:
+    def _made_anew(self, stage: str, study: MirroredStudy) -> MirroredStudy | None:
         study.storage.delete_study(study.study_id)
-        study = self._open_study(stage)
-        for trial_id, wanted in self._all_of(stage).items():
-            study.put(trial_id, wanted)
-        return study
+        every = self._all_of(stage)
+        anew = self._open_study(stage, create=bool(every))
+        for trial_id, wanted in every.items():
+            if anew is not None:
+                anew.put(trial_id, wanted)
+        return anew
 
-    def _open_study(self, stage: str) -> MirroredStudy:
+    def _open_study(self, stage: str, *, create: bool) -> MirroredStudy | None:
         if self._storage is None:
             self._storage = self._open_storage()
         section = self._sections.get(stage)
         notes: dict[str, Any] = {"run_dir": str(self.run.path), "stage": stage}
         notes |= section.model_dump(include={"structures", "epochs", "ranks"}) if section else {}
         owner = hashlib.sha256(self.run.config_path.read_bytes()).hexdigest()
-        return MirroredStudy.opened(self._storage, f"{self._name}-{stage}", owner, space=self._space, notes=notes)
+        name = f"{self._name}-{stage}"
+        return open_study(self._storage, name, owner, space=self._space, notes=notes if create else None)
 
     def _open_storage(self) -> BaseStorage:
         if self.url is None:
             return open_journal(self.run.path / JOURNAL)
         return open_database(check_url(self.url, password_allowed=True))
+
+    def _forget_storage(self) -> None:
+        storage, self._storage = self._storage, None
+        with self._changed:
+            self._studies = {}
+        with suppress(Exception):  # it may be what failed
+            let_go(storage)
 
     def _warn(self, reason: str) -> None:
         if self._driver and not self._has_warned:

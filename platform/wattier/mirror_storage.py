@@ -116,6 +116,13 @@ def open_database(url: str) -> BaseStorage:
     return RDBStorage(url, engine_kwargs=options)
 
 
+def let_go(storage: BaseStorage | None) -> None:
+    """Close the connections of a database, in the thread that used it."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def _whole_bytes(path: Path) -> int:
     """Size up to the last line that was ended."""
     size = path.stat().st_size

@@ -96,45 +96,6 @@ class MirroredStudy:
             constraints = tuple(trial.constraints.values())
             self._there[trial_id] = Wanted(trial.state, trial.params, values, trial.user_attrs, constraints)
 
-    @classmethod
-    def opened(
-        cls,
-        storage: BaseStorage,
-        base: str,
-        owner: str,
-        notes: Mapping[str, Any],
-        space: Mapping[str, BaseDistribution],
-    ) -> MirroredStudy:
-        """The study of a stage, made if it is not there; a name that another run has gets a suffix.
-
-        Args:
-            storage: where studies are.
-            base: the name, ``<run>-<stage>``.
-            owner: what no other run has.
-            space: the parameters.
-            notes: what a person may want to know of the study.
-
-        Raises:
-            RuntimeError: the name is taken, with the suffix too.
-        """
-        there = {study.study_name: study for study in storage.get_all_studies()}
-        for name in (base, f"{base}-{owner[:8]}"):
-            study = there.get(name)
-            if study is not None and study.user_attrs.get(OWNER_KEY) == owner:
-                return cls(storage, study._study_id, name, space)
-            if study is None:
-                study_id = storage.create_new_study([StudyDirection.MINIMIZE] * 2, name)
-            elif OWNER_KEY not in study.user_attrs and not storage.get_n_trials(study._study_id):
-                study_id = study._study_id  # its maker was killed before it wrote the next lines
-            else:
-                continue
-            storage.set_study_user_attr(study_id, OWNER_KEY, owner)
-            storage.set_study_system_attr(study_id, _METRIC_NAMES_KEY, list(METRIC_NAMES))
-            for key, value in notes.items():
-                storage.set_study_user_attr(study_id, key, value)
-            return cls(storage, study_id, name, space)
-        raise RuntimeError(f"the names {base} and {base}-{owner[:8]} belong to studies of others")
-
     def holds_others_than(self, trial_ids: Mapping[str, object]) -> bool:
         """Whether there are trials that the run does not know."""
         return self.has_strays or any(trial_id not in trial_ids for trial_id in self._there)
@@ -184,6 +145,44 @@ class MirroredStudy:
             system_attrs={_CONSTRAINTS_KEY: list(wanted.constraints)} if wanted.constraints else {},
             intermediate_values={},  # of a study with two objectives Optuna shows none
         )
+
+
+def open_study(
+    storage: BaseStorage, base: str, owner: str, *, space: Mapping[str, BaseDistribution], notes: dict[str, Any] | None
+) -> MirroredStudy | None:
+    """The study of a stage, made if it is not there; a name that another run has gets a suffix.
+
+    Args:
+        storage: where studies are.
+        base: the name, ``<run>-<stage>``.
+        owner: what no other run has.
+        space: the parameters.
+        notes: what a person may want to know of a new study; None = no new one is made.
+
+    Raises:
+        RuntimeError: the name is taken, with the suffix too.
+    """
+    there = {study.study_name: study for study in storage.get_all_studies()}
+    for name in (base, f"{base}-{owner[:8]}"):
+        study = there.get(name)
+        if study is not None and study.user_attrs.get(OWNER_KEY) == owner:
+            return MirroredStudy(storage, study._study_id, name, space)
+        if study is None and notes is None:
+            return None
+        if study is None:
+            study_id = storage.create_new_study([StudyDirection.MINIMIZE] * 2, name)
+        elif OWNER_KEY not in study.user_attrs and not storage.get_n_trials(study._study_id):
+            study_id = study._study_id  # its maker was killed before it wrote the next lines
+        else:
+            continue
+        storage.set_study_user_attr(study_id, OWNER_KEY, owner)
+        storage.set_study_system_attr(study_id, _METRIC_NAMES_KEY, list(METRIC_NAMES))
+        for key, value in (notes or {}).items():
+            storage.set_study_user_attr(study_id, key, value)
+        return MirroredStudy(storage, study_id, name, space)
+    if notes is None:
+        return None
+    raise RuntimeError(f"the names {base} and {base}-{owner[:8]} belong to studies of others")
 
 
 def _is_same(there: Wanted, wanted: Wanted) -> bool:

@@ -22,9 +22,9 @@ def as_in_space(name: str, parameter: RangeParameter | ChoiceParameter, value: A
     if isinstance(parameter, ChoiceParameter):
         same = [choice for choice in parameter.choices if _is_same(choice, value)]
         return same[0] if same else OUTSIDE
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return OUTSIDE
-    if not parameter.low <= value <= parameter.high:
+    if not parameter.low <= value <= parameter.high:  # nor is NaN
         return OUTSIDE
     if is_whole(name, parameter):
         if value != int(value):

@@ -417,6 +417,17 @@ def test_a_study_that_somebody_deleted_comes_back(searched_run):
     assert len(studies(run.path / JOURNAL)["demo-deep"]) == len(run.trials("deep"))
 
 
+def test_a_run_that_was_started_over_shows_nothing_of_the_one_before(searched_run, tmp_path):
+    run, config, url = searched_run, searched_run.config(), f"sqlite:///{tmp_path / 'study.db'}"
+    settle(run, config, url)
+    shutil.rmtree(run.path / "trials")
+    run.trials_path.unlink()
+    settle(run, config, url)
+    storage = optuna.storages.RDBStorage(url)
+    assert studies(storage) == {}
+    storage.engine.dispose()
+
+
 def test_two_runs_of_one_name_in_one_database_keep_apart(empty_run, trial, tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     other = RunDir.create(empty_run.config().model_copy(update={"run_dir": str(tmp_path / "other")}))
