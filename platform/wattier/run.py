@@ -21,6 +21,7 @@ from wattier.report import write_report
 from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.search import run_search
 from wattier.select import select_trials
+from wattier.storage_url import take_environment
 from wattier.trial import run_trial, settings_of
 from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.pool import Progress
@@ -114,6 +115,7 @@ def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listen
 @contextmanager
 def launcher_for(config: RunConfig) -> Iterator[Launcher]:
     """The launcher that the config names; Ray is imported only where it is used."""
+    take_environment()  # no process that a launcher starts inherits a password
     launcher: Launcher
     if config.launcher == "inline":
         launcher = InlineLauncher()

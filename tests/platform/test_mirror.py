@@ -30,6 +30,7 @@ from wattier.launch import free_port
 from wattier.mirror import JOURNAL, Mirror, rebuild
 from wattier.mirror_storage import MirrorLock, open_journal
 from wattier.records import Proposal
+from wattier.run import launcher_for
 from wattier.rundir import RunDir, append_json_line, read_json_lines, write_json, write_text
 from wattier.storage_url import STORAGE_VARIABLE, check_url, redacted, secrets_of
 
@@ -46,6 +47,30 @@ from optuna.storages.journal import JournalFileSymlinkLock
 JournalFileSymlinkLock(sys.argv[1]).acquire()
 print("held", flush=True)
 time.sleep(60)
+"""
+SEARCH_AND_DIE = """
+import os, random, signal, sys, time
+from pathlib import Path
+from wattier.mirror import Mirror
+from wattier.records import Proposal, TrialResult
+from wattier.rundir import RunDir, append_json_line, read_json_lines
+
+run, rounds = RunDir.open(Path(sys.argv[1])), random.Random(7)
+config, rows = run.config(), [TrialResult.from_dict(row) for row in read_json_lines(Path(sys.argv[2]))]
+for _ in range(int(sys.argv[3])):
+    child = os.fork()
+    if child == 0:
+        known, mirror = {row.trial_id for row in run.trials()}, Mirror(run, config)
+        for row in rows:
+            if row.trial_id not in known:
+                mirror.started(row.fidelity.stage, Proposal(row.trial_id, row.params))
+                time.sleep(0.001)
+                append_json_line(run.trials_path, row.to_dict())
+                mirror.finished(row)
+        time.sleep(60)
+    time.sleep(rounds.uniform(0.01, 0.3))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 """
 params = st.fixed_dictionaries({
     "learning_rate": st.floats(1e-4, 1e-2), "hidden_dim": st.sampled_from([32, 64, 128]),
@@ -336,6 +361,19 @@ def test_a_lock_of_a_killed_writer_is_taken_over(tmp_path, relative, monkeypatch
     assert [entry.name for entry in path.parent.iterdir()] == [JOURNAL]
 
 
+def test_a_search_that_is_killed_again_and_again_loses_nothing(empty_run, trial, tmp_path):
+    rows, status = tmp_path / "rows.jsonl", ("complete", "pruned", "failed")
+    for number in range(400):
+        append_json_line(rows, trial(f"t{number:03d}", stage="wide", status=status[number % 3]).to_dict())
+    subprocess.run([sys.executable, "-c", SEARCH_AND_DIE, str(empty_run.path), str(rows), "6"], check=True, timeout=120)
+    settle(empty_run, empty_run.config())
+    found = by_id(studies(empty_run.path / JOURNAL)["demo-wide"])
+    done = {row.trial_id: row.status for row in empty_run.trials()}
+    names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    assert len(done) > 10
+    assert {trial_id: names[one.state] for trial_id, one in found.items()} == done
+
+
 def test_a_lock_that_is_held_is_waited_for(tmp_path):
     path = tmp_path / JOURNAL
     path.touch()
@@ -526,6 +564,14 @@ def test_a_password_in_the_environment_reaches_no_file_no_message_and_no_child(e
     with pytest.raises(UserError, match="cannot be written") as refused:
         rebuild(run, run.config(), None)
     assert secret not in str(refused.value)
+
+
+def test_no_process_that_a_launcher_starts_inherits_the_url(empty_run, monkeypatch):
+    monkeypatch.setenv(STORAGE_VARIABLE, "postgresql://me:pw@host/x")
+    config = empty_run.config().model_copy(update={"launcher": "inline"})
+    with launcher_for(config):
+        assert STORAGE_VARIABLE not in os.environ
+    assert storage_url.chosen_url(config) == "postgresql://me:pw@host/x"
 
 
 def test_the_verb_rebuilds_and_leaves_a_running_search_alone(searched_run, tmp_path):
