@@ -75,7 +75,7 @@ class Mirror:
         self._want(stage, proposal.trial_id, wanted_of_open(proposal, self._space, running=True))
 
     def finished(self, result: TrialResult) -> None:
-        """A trial ended; told twice, the last one counts."""
+        """A trial ended, and its row is written; told twice, the last one counts."""
         self._want(result.fidelity.stage, result.trial_id, wanted_of_result(result, self._space))
 
     def sync(self) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 
 from wattier import mirror as mirror_module
@@ -206,11 +207,9 @@ def test_a_server_that_hangs_holds_no_search_up(server, pgpass, empty_run, trial
     mirror = Mirror(empty_run, empty_run.config(), storage=url_of(server))
     mirror.finished(trial("a", stage="wide"))
     assert mirror.flush(FLUSH_SECONDS) is None
-    backends = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()  # fmt: skip
+    backends = psutil.Process(server.process.pid).children()
     for process in backends:
-        os.kill(int(process), signal.SIGSTOP)
+        process.suspend()
     try:
         began = time.monotonic()
         for number in range(50):
@@ -220,7 +219,7 @@ def test_a_server_that_hangs_holds_no_search_up(server, pgpass, empty_run, trial
         assert "not all was written in time" in caplog.text
     finally:
         for process in backends:
-            os.kill(int(process), signal.SIGCONT)
+            process.resume()
         mirror._thread.join(FLUSH_SECONDS)
     assert len(states(server, "demo-wide")) == 51
     clean(server)
