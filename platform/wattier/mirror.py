@@ -23,9 +23,10 @@ from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.mirror_storage import let_go, open_database, open_journal
 from wattier.mirror_study import STATUS_KEY, MirroredStudy, Wanted, open_study, wanted_of_open, wanted_of_result
+from wattier.optuna_sampler import distributions
 from wattier.records import Proposal, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, decode, hold_lock, read_json
-from wattier.search import distributions
+from wattier.space import typed_space
 from wattier.storage_url import STORAGE_VARIABLE, check_url, chosen_url, redacted, secrets_of
 
 JOURNAL = "optuna-journal.log"
@@ -52,7 +53,7 @@ class Mirror:
     ) -> None:
         self.run, self.url = run, storage or chosen_url(config)
         self._name, self._driver, self._running = config.name, driver, running
-        self._space = distributions(config.search.space)
+        self._space = distributions(typed_space(config))
         self._sections = {stage.name: stage for stage in config.search.stages}
         self._wanted: dict[str, dict[str, Wanted]] = {}
         self._due: dict[tuple[str, str], None] = {}

@@ -63,7 +63,7 @@ def wanted_of_result(result: TrialResult, space: Mapping[str, BaseDistribution])
         **dict(zip(FIGURES, figures, strict=True)),
         **{f"outside space: {name}": value for name, value in others.items()},
     }
-    limits: Mapping[str, float] = getattr(result, "limit_ratios", {})
+    limits = result.limit_ratios
     attributes |= {f"share of limit: {name}": ratio for name, ratio in limits.items()}
     attributes = {name: known for name, value in attributes.items() if (known := finite_or_none(value)) is not None}
     started = _time(result.started_at)

@@ -18,6 +18,7 @@ from wattier.prior_csv import TableRow, read_table
 from wattier.prior_space import OUTSIDE, as_in_space
 from wattier.records import Fidelity, Params, Status, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, decode, read_json, write_json
+from wattier.space import typed_space
 
 KEPT = "warm_start.json"
 
@@ -190,12 +191,12 @@ def _in_present_space(params: Params, there: RunConfig | None, config: RunConfig
 
     What the earlier run searched, or the table lists, and the present run does not, must have the value it has here.
     """
-    space, fixed = config.search.space, _settings(config)
+    space, fixed = typed_space(config), _settings(config)
     inside: Params = {}
     for name, parameter in space.items():
         if name not in params:
             return None, f"without {name}"
-        value = as_in_space(name, parameter, params[name])
+        value = as_in_space(parameter, params[name])
         if value is OUTSIDE:
             return None, f"with {name} outside the space"
         inside[name] = value
