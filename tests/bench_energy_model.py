@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from wattier.search import FixedPolicy, distributions, run_stage
 
 from wattier.config import RunConfig, load_config
 from wattier.device_prior import RATED_WATTS_PER_CORE, DevicePrior, probe_device
@@ -31,7 +32,6 @@ from wattier.launch import InlineLauncher, Stage
 from wattier.prepare import prepare_data
 from wattier.records import Fidelity, Proposal, TrialResult
 from wattier.rundir import RunDir
-from wattier.search import FixedPolicy, distributions, run_stage
 from wattier.trial import run_trial
 from wattier.workload import workload_of
 from wattier_gnn.store import Store

@@ -120,6 +120,23 @@ def report(target: Target) -> None:
 
 
 @app.command()
+def study(
+    target: Target,
+    storage: Annotated[str | None, typer.Option(metavar="URL", help="Another database, without a password.")] = None,
+) -> None:
+    """Bring the Optuna studies that mirror a run up to date, and say how optuna-dashboard shows them."""
+    from wattier.mirror import rebuild
+
+    rundir = _existing(target)
+    rebuilt = rebuild(rundir, rundir.config(), storage)
+    for name, counts in (rebuilt.counts or {}).items():
+        typer.echo(f"{name}: {', '.join(f'{n} {state}' for state, n in sorted(counts.items()))}")
+    if rebuilt.counts is None:
+        typer.echo("A search runs here, and keeps its studies up to date itself.")
+    typer.echo(f"Look at them with: {rebuilt.command}")
+
+
+@app.command()
 def export(target: Target) -> None:
     """Write the release folder: weights, references, hashes, model card, example."""
     from wattier.release import export_release

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from wattier.config_space import Parameter, PathText, Positive, PositiveFloat, Section
+from wattier.storage_url import check_url
 
 Objective = Literal["val_loss", "energy_joules", "joules_per_structure", "projected_joules"]
 
@@ -90,6 +91,11 @@ class SearchSection(Section):
     storage: str | None = None
     space: dict[str, Parameter] = Field(min_length=1)
     stages: list[StageSection] = Field(min_length=1)
+
+    @field_validator("storage")
+    @classmethod
+    def _without_password(cls, url: str | None) -> str | None:
+        return url if url is None else check_url(url)
 
     @field_validator("objectives")
     @classmethod

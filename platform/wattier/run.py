@@ -25,6 +25,7 @@ from wattier.release import export_release
 from wattier.report import write_report
 from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.select import select_trials
+from wattier.storage_url import take_environment
 from wattier.trial import RunTrial, run_trial, settings_of
 from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.pool import Progress
@@ -153,6 +154,7 @@ def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listen
 @contextmanager
 def launcher_for(config: RunConfig) -> Iterator[Launcher]:
     """The launcher that the config names; Ray is imported only where it is used."""
+    take_environment()  # no process that a launcher starts inherits a password
     launcher: Launcher
     if config.launcher == "inline":
         launcher = InlineLauncher()

@@ -31,6 +31,7 @@ VERBS = [
     "search",
     "select",
     "status",
+    "study",
     "telemetry",
     "train",
 ]
