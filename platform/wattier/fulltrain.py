@@ -10,6 +10,7 @@ from wattier.costs import Costs, refuse_small_training_budget
 from wattier.errors import UserError
 from wattier.funnel import run_stage
 from wattier.launch import Launcher, Stage
+from wattier.mirror import Mirror
 from wattier.policy import FixedPolicy
 from wattier.records import Fidelity, Proposal, Selection, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, append_json_line
@@ -23,6 +24,7 @@ def train_members(  # noqa: PLR0913, PLR0917  (what runs, who listens, who knows
     run_trial: RunTrial,
     on_result: Callable[[TrialResult], None],
     costs: Costs | None = None,
+    mirror: Mirror | None = None,
 ) -> list[TrialResult]:
     """Train every picked trial that is not trained yet; the complete members, in the order of the selection.
 
@@ -54,7 +56,7 @@ def train_members(  # noqa: PLR0913, PLR0917  (what runs, who listens, who knows
     def is_done(result: TrialResult) -> bool:
         return result.trial_id in selection.picked and result.status != "failed"
 
-    run_stage(stage, lambda: policy, launcher, run_trial, on_result, is_done)
+    run_stage(stage, lambda: policy, launcher, run_trial, on_result, is_done, mirror)
     for trial_id, reason in policy.refused.items():
         result = stage.outcome(Proposal(trial_id, params[trial_id]), f"not started: {reason} (full_training.budget)")
         append_json_line(run.trials_path, result.to_dict())

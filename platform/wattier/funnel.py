@@ -8,19 +8,22 @@ from wattier.budget import Budget
 from wattier.config import RunConfig
 from wattier.config_search import StageSection
 from wattier.costs import Costs, mean_joules
-from wattier.launch import Launcher, Policy, Stage
+from wattier.launch import Launcher, NotNow, Policy, Stage
+from wattier.mirror import Mirror
 from wattier.multifidelity import Observation
 from wattier.objectives import Objectives
 from wattier.pareto import non_dominated_ranks
 from wattier.policy import Before, SearchPolicy
-from wattier.records import Fidelity, TrialResult
+from wattier.records import Fidelity, Proposal, TrialResult
 from wattier.rundir import RunDir, append_json_line, read_json, write_json
 from wattier.sampler import Point
 from wattier.select import by_trade_off, compare, split_candidates
 from wattier.space import contains, typed_space
 from wattier.trial import RunTrial
+from wattier.warm_start import PriorTrial
 
 LESS_THAN_ALL = 0.99  # an earlier stage's fidelity, where it is not smaller than the present one's
+UNKNOWN_SHARE = 0.5  # ... of a trial of which nobody says how far it was trained
 STOPPED_SHARE = 0.5  # of its joules a stage spends when its scheduler stops trials, for planning
 
 
@@ -34,6 +37,8 @@ def run_search(  # noqa: PLR0913  (who launches, who listens, who knows the pric
     costs: Costs | None = None,
     objectives: Objectives | None = None,
     n_training: int | None = None,
+    priors: Sequence[PriorTrial] = (),
+    mirror: Mirror | None = None,
 ) -> None:
     """Run all stages that are not finished yet, adopting and resuming what a killed run left.
 
@@ -46,6 +51,8 @@ def run_search(  # noqa: PLR0913  (who launches, who listens, who knows the pric
         costs: what knows the price of a trial; None = nothing is projected.
         objectives: what trials are compared by; None = as the config says.
         n_training: training structures there are, which a stage without `structures` takes.
+        priors: trials of other campaigns.
+        mirror: shows the trials to optuna-dashboard.
     """
     objectives = objectives or Objectives.of(config.search)
     shares = budget_shares(config, costs, n_training)
@@ -61,14 +68,14 @@ def run_search(  # noqa: PLR0913  (who launches, who listens, who knows the pric
                 section,
                 run=run,
                 promoted=[result.params for result in promoted],
-                before=what_was_before(run, config, section, objectives, costs, n_training),
+                before=what_was_before(run, config, section, objectives, costs, n_training, priors),
                 objectives=objectives,
                 budget=budget,
                 costs=costs,
             )
 
         if not is_over(run, config, section):
-            run_stage(stage, make_policy, launcher, run_trial, on_result)
+            run_stage(stage, make_policy, launcher, run_trial, on_result, mirror=mirror)
             _note_end(run, config, section, budget.refused)
 
 
@@ -79,17 +86,37 @@ def run_stage(  # noqa: PLR0913, PLR0917  (what a stage is, and how it is run)
     run_trial: RunTrial,
     on_result: Callable[[TrialResult], None],
     is_done: Callable[[TrialResult], bool] = lambda _: True,
+    mirror: Mirror | None = None,
 ) -> None:
     """Run what is left of one stage; a stage whose trials all have a row that counts as done starts nothing."""
     adopt_finished(stage)
+    if mirror is not None:
+        mirror.sync()
     if sum(map(is_done, stage.run.trials(stage.fidelity.stage))) >= stage.n_trials:
         return
 
     def record(result: TrialResult) -> None:
         append_json_line(stage.run.trials_path, result.to_dict())
+        if mirror is not None:
+            mirror.finished(result)
         on_result(result)
 
-    launcher.run(stage, make_policy(), run_trial, record)
+    policy = make_policy() if mirror is None else _Mirrored(make_policy(), stage.fidelity.stage, mirror)
+    launcher.run(stage, policy, run_trial, record)
+
+
+class _Mirrored:
+    """A policy whose trials show in optuna-dashboard as soon as they start."""
+
+    def __init__(self, policy: Policy, stage: str, mirror: Mirror) -> None:
+        self.policy, self.stage, self.mirror = policy, stage, mirror
+        self.on_epoch, self.on_result = policy.on_epoch, policy.on_result
+
+    def propose(self) -> Proposal | NotNow | None:
+        proposal = self.policy.propose()
+        if isinstance(proposal, Proposal):
+            self.mirror.started(self.stage, proposal)
+        return proposal
 
 
 def adopt_finished(stage: Stage) -> None:
@@ -138,12 +165,12 @@ def what_was_before(  # noqa: PLR0913, PLR0917
     objectives: Objectives,
     costs: Costs | None,
     n_training: int | None,
+    priors: Sequence[PriorTrial] = (),
 ) -> Before:
-    """What the stages before one have taught, each trial at its fidelity relative to this stage's."""
+    """What other campaigns and earlier stages have taught, each trial at its fidelity relative to this stage's."""
     space, here = typed_space(config), fidelity_of(section)
     names = stage_names(config)
-    seen: list[Observation] = []
-    points: list[Point] = []
+    seen, points = _from_priors(priors, here, objectives, n_training)
     for name in names[: names.index(section.name)]:
         for trial in run.trials(name):
             if trial.val_loss is None or not trial.epochs_done or not contains(space, trial.params):
@@ -160,6 +187,28 @@ def what_was_before(  # noqa: PLR0913, PLR0917
             if trial.status == "complete" and (own := objectives.of_result(trial)) is not None:
                 points.append(Point(trial.params, own))
     return Before(seen, points)
+
+
+def _from_priors(
+    priors: Sequence[PriorTrial], here: Fidelity, objectives: Objectives, n_training: int | None
+) -> tuple[list[Observation], list[Point]]:
+    """Trials of other campaigns: of a lower fidelity, however far they were trained, since on other data."""
+    seen: list[Observation] = []
+    points: list[Point] = []
+    for prior in priors:
+        if prior.val_loss is None:
+            continue
+        share = UNKNOWN_SHARE
+        if prior.fidelity is not None:
+            share = min(LESS_THAN_ALL, size_of(prior.fidelity, n_training) / size_of(here, n_training))
+        joules = None if prior.energy_joules is None else prior.energy_joules / share
+        values = objectives.values(prior.params, prior.val_loss, joules, size_of(here, n_training))
+        if values is None:
+            continue
+        seen.append(Observation(prior.params, share, values[0], values[1] if len(values) > 1 else None, {}, False))
+        if prior.status == "complete":
+            points.append(Point(prior.params, values))
+    return seen, points
 
 
 def is_over(run: RunDir, config: RunConfig, section: StageSection) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from wattier.fulltrain import train_members, trained_members, untrained
 from wattier.funnel import is_over, run_search, stage_end
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
 from wattier.metering import check_source, metered
+from wattier.mirror import Mirror
 from wattier.objectives import Converge, Objectives
 from wattier.own_model import STATED, own_trial_of
 from wattier.power_cap import check_power_caps
@@ -27,6 +28,7 @@ from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.select import select_trials
 from wattier.storage_url import take_environment
 from wattier.trial import RunTrial, run_trial, settings_of
+from wattier.warm_start import describe, kept_priors
 from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.pool import Progress
 from wattier_gnn.splits import TRAIN
@@ -79,7 +81,14 @@ def run_funnel(  # noqa: PLR0913, PLR0917  (what runs, on what, and who hears of
     n_training = None if store is None else len(store.indices(TRAIN))
     objectives = Objectives.of(config.search, _to_convergence(config, n_training))
     tell = _teller(run, totals, listener)
-    run_search(run, config, launcher, train_one, tell, costs=costs, objectives=objectives, n_training=n_training)
+    priors = kept_priors(run, config)
+    for line in describe(priors):
+        listener.say(line)
+    with closing(Mirror(run, config)) as mirror:
+        run_search(
+            run, config, launcher, train_one, tell, costs=costs, objectives=objectives, n_training=n_training,
+            priors=priors.trials, mirror=mirror,
+        )  # fmt: skip
     for stage in config.search.stages:
         if (end := stage_end(run, stage.name)) is not None:
             listener.say(
@@ -116,7 +125,9 @@ def train(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener
     if selection and untrained(run, selection):
         listener.phase("full training")
     costs = costs_of(run, config, Store(run.store_path))
-    members = train_members(run, config, launcher, run_trial, _teller(run, totals, listener), costs)
+    with closing(Mirror(run, config)) as mirror:
+        tell = _teller(run, totals, listener)
+        members = train_members(run, config, launcher, run_trial, tell, costs, mirror)
     if missing := totals[FULL_STAGE] - len(members):
         listener.say(f"warning: {missing} of {totals[FULL_STAGE]} picks failed to train and are no members; see above")
     return members
