@@ -116,6 +116,37 @@ def concatenated(
     }
 
 
+def shifts_angstrom(arrays: Mapping[str, Any]) -> Any:
+    """The translation of each edge's sender, 0 where there is no cell: float64 [E, 3] Angstrom."""
+    shift = arrays["edge_shift"].astype(np.float64)
+    for k in np.flatnonzero(arrays["cells"].any(axis=(1, 2))):
+        its = slice(arrays["edge_offset"][k], arrays["edge_offset"][k + 1])
+        shift[its] = shift[its] @ arrays["cells"][k]
+    return shift
+
+
+def squared_lengths(arrays: Mapping[str, Any]) -> Any:
+    """Squares of the lengths of all edges: float64 [E] Angstrom^2."""
+    first_atom = np.repeat(arrays["atom_offset"][:-1], np.diff(arrays["edge_offset"]))
+    receivers, senders = arrays["edge_index"] + first_atom
+    vectors = arrays["positions"][senders] - arrays["positions"][receivers] + shifts_angstrom(arrays)
+    return np.einsum("ex,ex->e", vectors, vectors)
+
+
+def edges_within(arrays: Mapping[str, Any], cutoff_angstrom: float) -> dict[str, Any]:
+    """The same structures with the edges that a search with a smaller cutoff would have found, in the same order.
+
+    Decided in float64, as they were found.
+    """
+    kept = squared_lengths(arrays) < cutoff_angstrom**2
+    return {
+        **arrays,
+        "edge_index": arrays["edge_index"][:, kept],
+        "edge_shift": arrays["edge_shift"][kept],
+        "edge_offset": offsets(kept)[arrays["edge_offset"]],
+    }
+
+
 def offsets(lengths: Any) -> Any:
     """Where each of some entries begins, and the end: int64 [n + 1]."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
