@@ -129,21 +129,24 @@ def squared_lengths(arrays: Mapping[str, Any]) -> Any:
     """Squares of the lengths of all edges: float64 [E] Angstrom^2."""
     first_atom = np.repeat(arrays["atom_offset"][:-1], np.diff(arrays["edge_offset"]))
     receivers, senders = arrays["edge_index"] + first_atom
-    vectors = arrays["positions"][senders] - arrays["positions"][receivers] + shifts_angstrom(arrays)
+    vectors = shifts_angstrom(arrays)  # in place, and by take: several times as fast as the plain formula
+    vectors += arrays["positions"].take(senders, axis=0)
+    vectors -= arrays["positions"].take(receivers, axis=0)
     return np.einsum("ex,ex->e", vectors, vectors)
 
 
 def edges_within(arrays: Mapping[str, Any], cutoff_angstrom: float) -> dict[str, Any]:
-    """The same structures with the edges that a search with a smaller cutoff would have found, in the same order.
+    """The same structures with the edges that a search with a smaller cutoff would have found.
 
-    Decided in float64, as they were found.
+    Decided in float64, as they were found; images of one pair may come in another order.
     """
-    kept = squared_lengths(arrays) < cutoff_angstrom**2
+    near = squared_lengths(arrays) < cutoff_angstrom**2
+    kept = np.flatnonzero(near)
     return {
         **arrays,
-        "edge_index": arrays["edge_index"][:, kept],
-        "edge_shift": arrays["edge_shift"][kept],
-        "edge_offset": offsets(kept)[arrays["edge_offset"]],
+        "edge_index": arrays["edge_index"].take(kept, axis=1),
+        "edge_shift": arrays["edge_shift"].take(kept, axis=0),
+        "edge_offset": offsets(near)[arrays["edge_offset"]],
     }
 
 

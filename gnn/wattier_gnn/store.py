@@ -44,7 +44,7 @@ from wattier_gnn.structure import DataError, Structure
 
 __all__ = ["Store", "join", "ragged", "structures_to_arrays", "write_store"]
 
-SAMPLED_STRUCTURES = 256
+SAMPLED_STRUCTURES = 512
 STRUCTURES_AT_ONCE = 32
 
 
@@ -194,7 +194,8 @@ class Store:
     def edge_share(self, cutoff_angstrom: float) -> float:
         """The share of the store's edges that are within a cutoff, at most that of its batches.
 
-        Measured on at most 256 structures, drawn once for all; the first call reads them, the others take no time.
+        Measured on at most 512 structures, always the same ones; the first call reads them, the others take no time. Of
+        the five-source sample the standard error is 1 % at 4.5 Angstrom and 4 % at 2.5.
         """
         if cutoff_angstrom >= self._widest_angstrom:
             return 1.0
