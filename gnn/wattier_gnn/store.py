@@ -7,6 +7,7 @@ may be added to while others read it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,9 +88,9 @@ class Store:
         if not whole:
             raise DataError(f"{folder}: not a readable store (references). Remove the folder and prepare it again.")
         self.cutoff_angstrom = self._widest_angstrom if cutoff_angstrom is None else float(cutoff_angstrom)
-        if not 0 < self.cutoff_angstrom <= self._widest_angstrom:
+        if not 0 < self.cutoff_angstrom <= self._widest_angstrom < math.inf:
             raise DataError(
-                f"{folder}: cutoff_angstrom is {cutoff_angstrom:g}, but must be above 0 and at most "
+                f"{folder}: cutoff_angstrom is {self.cutoff_angstrom:g}, but must be above 0 and at most "
                 f"{self._widest_angstrom:g}, within which the store knows neighbours. Lower it, or make another store."
             )
         self.energy = self.columns["energy"]

@@ -299,6 +299,15 @@ class TestRefusals:
             with pytest.raises(DataError, match=r"cutoff_angstrom is .* at most 5\.5.*Lower it"):
                 open_store(stores["wide"], cutoff)
 
+    @pytest.mark.parametrize("stated", [None, "far", [5.5], math.nan, -5.5, 0, math.inf])
+    def test_a_store_that_states_no_length(self, stores: dict[str, Path], tmp_path: Path, stated: Any) -> None:
+        shutil.copytree(stores["wide"], tmp_path / "s")
+        manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+        (tmp_path / "s" / "manifest.json").write_text(json.dumps({**manifest, "cutoff_angstrom": stated}))
+        for cutoff in (None, 3.0):
+            with pytest.raises(DataError, match=r"not a readable store|cutoff_angstrom is"):
+                Store(tmp_path / "s", cutoff)
+
     def test_the_whole_cutoff_is_no_narrowing(self, stores: dict[str, Path]) -> None:
         assert not Store(stores["wide"], WIDE).is_narrowed
         assert Store(stores["wide"]).cutoff_angstrom == WIDE
