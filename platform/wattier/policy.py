@@ -143,11 +143,11 @@ class SearchPolicy:
             *((r.trial_id, r.params) for r in done),
             *((p.trial_id, p.params) for p in self.waiting),
         ]:
-            trial = _Trial(params)
-            for record in self.run.epochs(self.stage.name, trial_id):
-                trial.records[record.epoch] = record
-                self.halving.go_on(trial_id, record)
-            self.trials[trial_id] = trial
+            epochs = self.run.epochs(self.stage.name, trial_id)
+            self.trials[trial_id] = _Trial(params, {record.epoch: record for record in epochs})
+        reported = [(record, trial_id) for trial_id, trial in self.trials.items() for record in trial.records.values()]
+        for record, trial_id in sorted(reported, key=lambda pair: pair[0].time_seconds or 0.0):
+            self.halving.go_on(trial_id, record)
         for result in done:
             self.trials[result.trial_id].result = result
             self.sampler.ended(self._ended(self.trials[result.trial_id], result))

@@ -55,7 +55,7 @@ def make(tmp_path, monkeypatch):
                 "run_dir": str(tmp_path / f"run{len(list(tmp_path.glob('run*')))}"),
                 "seed": seed,
                 "data": {"sources": {"ani1x": "sample"}},
-                "search": {"sampler": sampler, "space": space or SPACE, "stages": stages or [stage],
+                "search": {"sampler": sampler, "scheduler": "asha", "space": space or SPACE, "stages": stages or [stage],
                            "max_concurrent": max_concurrent},
                 "resources": {"retries": retries},
                 "telemetry": {"source": f"replay:{trace}", "interval_seconds": 0.02},
