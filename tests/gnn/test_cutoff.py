@@ -247,15 +247,16 @@ class TestEdgeShare:
 
 
 class TestEnsemble:
-    """Members with three cutoffs, two of them alike."""
+    """Members with three cutoffs, two of them alike; SchNet and PNA would hear an edge beyond theirs, EGNN not."""
 
-    CUTOFFS = (NARROW, WIDE, 2.6, NARROW)
+    MEMBERS = (("schnet", NARROW), ("egnn", WIDE), ("pna", 2.6), ("egnn", NARROW))
 
     @pytest.fixture
     def ensemble(self, stores: dict[str, Path]) -> Ensemble:
         store = Store(stores["wide"])
         torch.set_default_dtype(torch.float64)
-        members = tuple(build_model(config_of(store, c), seed=k).eval() for k, c in enumerate(self.CUTOFFS))
+        configs = [config_of(store, cutoff, family=family) for family, cutoff in self.MEMBERS]
+        members = tuple(build_model(config, seed=k).eval() for k, config in enumerate(configs))
         return Ensemble(members, store.references)
 
     @pytest.mark.usefixtures("float64")
@@ -264,10 +265,15 @@ class TestEnsemble:
     ) -> None:
         assert ensemble.cutoff_angstrom == WIDE
         store = Store(stores["wide"])
+        given_to = {}
+        for k, member in enumerate(ensemble.members):
+            member.encoder.register_forward_pre_hook(lambda _, given, k=k: given_to.update({k: len(given[1])}))
         by_store = ensemble.predict_arrays(store.gather(np.arange(len(store))), store.baseline_ev(range(len(store))))
-        for k, (member, cutoff) in enumerate(zip(ensemble.members, self.CUTOFFS, strict=True)):
+        edges = dict(given_to)
+        for k, (member, (_, cutoff)) in enumerate(zip(ensemble.members, self.MEMBERS, strict=True)):
             split = np.zeros(len(structures), dtype=np.int8)
             own = write_store(tmp_path / str(k), structures, split, sources=SOURCES, cutoff_angstrom=cutoff)
+            assert edges[k] == own.n_edges.sum(), "it works on no other"
             alone = member(own.batch(np.arange(len(own))))
             energy = by_store.member_energies_ev[k] - store.baseline_ev(range(len(store)))
             np.testing.assert_allclose(energy, alone.energy.numpy(), rtol=0, atol=1e-10)
