@@ -116,6 +116,40 @@ def concatenated(
     }
 
 
+def shifts_angstrom(arrays: Mapping[str, Any]) -> Any:
+    """The translation of each edge's sender, 0 where there is no cell: float64 [E, 3] Angstrom."""
+    shift = arrays["edge_shift"].astype(np.float64)
+    for k in np.flatnonzero(arrays["cells"].any(axis=(1, 2))):
+        its = slice(arrays["edge_offset"][k], arrays["edge_offset"][k + 1])
+        shift[its] = shift[its] @ arrays["cells"][k]
+    return shift
+
+
+def squared_lengths(arrays: Mapping[str, Any]) -> Any:
+    """Squares of the lengths of all edges: float64 [E] Angstrom^2."""
+    first_atom = np.repeat(arrays["atom_offset"][:-1], np.diff(arrays["edge_offset"]))
+    receivers, senders = arrays["edge_index"] + first_atom
+    vectors = shifts_angstrom(arrays)  # in place, and by take: several times as fast as the plain formula
+    vectors += arrays["positions"].take(senders, axis=0)
+    vectors -= arrays["positions"].take(receivers, axis=0)
+    return np.einsum("ex,ex->e", vectors, vectors)
+
+
+def edges_within(arrays: Mapping[str, Any], cutoff_angstrom: float) -> dict[str, Any]:
+    """The same structures with the edges that a search with a smaller cutoff would have found.
+
+    Decided in float64, as they were found; images of one pair may come in another order.
+    """
+    near = squared_lengths(arrays) < cutoff_angstrom**2
+    kept = np.flatnonzero(near)
+    return {
+        **arrays,
+        "edge_index": arrays["edge_index"].take(kept, axis=1),
+        "edge_shift": arrays["edge_shift"].take(kept, axis=0),
+        "edge_offset": offsets(near)[arrays["edge_offset"]],
+    }
+
+
 def offsets(lengths: Any) -> Any:
     """Where each of some entries begins, and the end: int64 [n + 1]."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+
+from wattier_gnn.distributed import World, all_sum
+from wattier_gnn.store import Store
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,23 @@ def cut_into_steps(order: Any, limits: StepLimits, n_atoms: Any, n_edges: Any) -
         step = step[: max(1, length)]
         yield step
         start += len(step)
+
+
+def edges_to_cut_by(store: Store, indices: Any, limits: StepLimits, world: World, device: torch.device) -> Any:
+    """Edges of each structure as steps are cut and split by them, right for those at `indices`: int [B].
+
+    Of a store with a narrowed cutoff they are counted, by all ranks together, where that decides anything. It costs
+    one reading of the data: nothing less makes the steps those of a store of that cutoff.
+    """
+    if not store.is_narrowed or (limits.edges is None and world.size == 1):
+        return store.n_edges
+    indices = np.unique(indices)
+    mine = np.array_split(np.arange(len(indices)), world.size)[world.rank]
+    counts = torch.zeros(len(indices), dtype=torch.int32)
+    counts[torch.from_numpy(mine)] = torch.from_numpy(store.count_edges(indices[mine])).to(torch.int32)
+    n_edges = np.zeros(len(store), dtype=np.int32)
+    n_edges[indices] = all_sum(counts.to(device)).cpu().numpy()
+    return n_edges
 
 
 def split_over_ranks(step: Any, work: Any, n_ranks: int) -> list[Any]:

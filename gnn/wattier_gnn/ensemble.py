@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from wattier_gnn.arrays import edges_within
 from wattier_gnn.batch import Batch
 from wattier_gnn.files import sha256_of
 from wattier_gnn.model import FoundationModel, ModelConfig, source_index_of
@@ -37,7 +38,7 @@ class EnsemblePrediction:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Trained members of one data alignment.
+    """Trained members of one data alignment; each sees the neighbours within its own cutoff.
 
     energy_std_scale, forces_std_scale: factors found on validation data by which the members' spread is multiplied.
     """
@@ -52,12 +53,24 @@ class Ensemble:
         """Sources that the members have heads for."""
         return self.members[0].config.sources
 
-    def predict_batch(self, batch: Batch, baseline_ev: Any) -> EnsemblePrediction:
-        """Predict one batch; baseline_ev [B] is the composition reference of each structure."""
-        batch = batch.to(next(self.members[0].parameters()).device)
-        found = [_numbers(member, batch) for member in self.members]
-        energies = np.stack([energy for energy, _ in found]) + baseline_ev
-        forces = np.stack([force for _, force in found])
+    @property
+    def cutoff_angstrom(self) -> float:
+        """The largest of the members' cutoffs."""
+        return max(member.config.cutoff_angstrom for member in self.members)
+
+    def predict_arrays(self, arrays: Mapping[str, Any], baseline_ev: Any) -> EnsemblePrediction:
+        """Predict the structures of some arrays, see `structures_to_arrays`, with edges within `cutoff_angstrom`.
+
+        baseline_ev [B] is the composition reference of each structure.
+        """
+        device, n = next(self.members[0].parameters()).device, len(arrays["energy"])
+        found: dict[int, tuple[Any, Any]] = {}
+        for cutoff in sorted({member.config.cutoff_angstrom for member in self.members}):
+            near = arrays if cutoff == self.cutoff_angstrom else edges_within(arrays, cutoff)
+            batch = join(near, np.arange(n), np.zeros(n)).to(device)
+            found |= {k: _numbers(m, batch) for k, m in enumerate(self.members) if m.config.cutoff_angstrom == cutoff}
+        energies = np.stack([found[k][0] for k in range(len(self.members))]) + baseline_ev
+        forces = np.stack([found[k][1] for k in range(len(self.members))])
         return EnsemblePrediction(
             energies.mean(axis=0),
             spread(energies) * self.energy_std_scale,
@@ -81,7 +94,7 @@ class Ensemble:
                 raise DataError("a position is NaN or infinite, but must be a number of Angstrom. Mend the structure.")
         index = source_index_of(self.sources, source)
         relabelled = [_of_source(s, source) for s in structures]
-        arrays = structures_to_arrays(relabelled, self.sources, self.members[0].config.cutoff_angstrom)
+        arrays = structures_to_arrays(relabelled, self.sources, self.cutoff_angstrom)
         n_atoms = np.diff(arrays["atom_offset"])
         counts = composition(arrays["numbers"], n_atoms)
         unknown = np.flatnonzero(counts.any(axis=0) & (self.references_ev[index] == 0))
@@ -90,8 +103,7 @@ class Ensemble:
                 f"atomic number {int(unknown[0])} does not occur in the {source} training data, but all must. "
                 f"Use another source than {source!r} or another release."
             )
-        batch = join(arrays, np.arange(len(structures)), np.zeros(len(structures)))
-        return self.predict_batch(batch, counts @ self.references_ev[index])
+        return self.predict_arrays(arrays, counts @ self.references_ev[index])
 
     @classmethod
     def load(cls, folder: Path) -> Ensemble:

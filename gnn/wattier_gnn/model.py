@@ -28,7 +28,8 @@ class ModelConfig:
     """Everything needed to build the network anew; saved beside the weights.
 
     energy_scale_ev: one unit of the network's output for each source, the root mean square force [eV/Angstrom] of its
-    training structures taken as eV. mean_neighbors: edges an atom in the training structures.
+    training structures taken as eV. mean_neighbors: edges an atom within the cutoff. cutoff_angstrom: batches must have
+    no longer edges, see `Store`.
     energy_heads: a network a source, one for all sources, or the sum of the two.
     precision: of the linear layers of the encoder; sums over neighbours, positions, energies and heads stay in float32.
     activation_checkpointing, edge_chunk: less memory for more work, see `EGNN`; they change no number. Families other
@@ -74,11 +75,13 @@ class ModelConfig:
             raise ValueError(f"model config is incomplete: {error}") from error
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a choice is none."""
+        """Raises ValueError where a choice is none, or the cutoff is no length."""
         choices = {"family": Family, "forces": ForceMode, "energy_heads": EnergyHeads, "precision": Precision}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(kind))}")
+        if not 0 < self.cutoff_angstrom < math.inf:
+            raise ValueError(f"cutoff_angstrom is {self.cutoff_angstrom!r}, but must be a number above 0")
 
 
 class FoundationModel(nn.Module):

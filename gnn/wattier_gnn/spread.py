@@ -34,13 +34,15 @@ class SpreadStore(Store):
 
     is_collective = True
 
-    def __init__(self, folder: Path, world: World) -> None:
+    def __init__(self, folder: Path, world: World, cutoff_angstrom: float | None = None) -> None:
         """Load this rank's share; all ranks together, inside of `distributed.process_group`.
+
+        Edges beyond a cutoff smaller than the store's are exchanged all the same, and dropped on arrival.
 
         Raises:
             DataError: as for `Store`.
         """
-        super().__init__(folder)
+        super().__init__(folder, cutoff_angstrom)
         # Structures of rank r: bounds[r] to bounds[r + 1], so that every rank holds as many bytes.
         shares = np.linspace(0, self._bytes_before(len(self)), world.size + 1)[1:-1]
         inner = [bisect_left(range(len(self)), share, key=self._bytes_before) for share in shares]

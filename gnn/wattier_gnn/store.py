@@ -7,9 +7,10 @@ may be added to while others read it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ import torch
 
 from wattier_gnn.arrays import (
     concatenated,
+    edges_within,
     offsets,
     pack_atoms,
     pack_edges,
     pack_texts,
     ragged,
+    shifts_angstrom,
+    squared_lengths,
     structures_to_arrays,
     unpack_atoms,
     unpack_edges,
@@ -41,6 +45,9 @@ from wattier_gnn.structure import DataError, Structure
 
 __all__ = ["Store", "join", "ragged", "structures_to_arrays", "write_store"]
 
+SAMPLED_STRUCTURES = 512
+STRUCTURES_AT_ONCE = 32
+
 
 class Store:
     """Read access to a store; every process may open the same folder.
@@ -50,12 +57,18 @@ class Store:
         columns: all columns by name, see `arrays.COLUMNS`; B structures, N atoms, S sources.
         energy: float64 [B] total, eV. source_index, split, n_atoms, n_edges, atom_offset, edge_offset: see `COLUMNS`.
         references: float64 [S, 119] eV.
+        cutoff_angstrom: edges of batches are shorter. Columns, n_edges among them, are of the cutoff in `meta`.
     """
 
     is_collective = False  # whether all ranks must ask for their batches together
 
-    def __init__(self, folder: Path) -> None:
-        """Raises DataError where the folder is missing, not finished, of another version, or truncated."""
+    def __init__(self, folder: Path, cutoff_angstrom: float | None = None) -> None:
+        """Open a store; batches have the edges within a cutoff that is at most its own, None = its own.
+
+        Raises:
+            DataError: the folder is missing, not finished, of another version, or truncated; or it does not hold
+                edges as long as the cutoff.
+        """
         self.folder = folder
         self.meta: dict[str, Any] = read_manifest(folder)
         try:
@@ -66,6 +79,7 @@ class Store:
             self.columns = open_columns(folder, self.meta["rows"])
             self.references = np.array(self.meta["references_ev"], dtype=np.float64)
             self.finds_edges = self.meta["settings"]["neighbors"] == "on_the_fly"
+            self._widest_angstrom = float(self.meta["cutoff_angstrom"])
             whole = self.references.shape == (len(self.meta["sources"]), MAX_ATOMIC_NUMBER + 1)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
@@ -73,6 +87,12 @@ class Store:
             ) from error
         if not whole:
             raise DataError(f"{folder}: not a readable store (references). Remove the folder and prepare it again.")
+        self.cutoff_angstrom = self._widest_angstrom if cutoff_angstrom is None else float(cutoff_angstrom)
+        if not 0 < self.cutoff_angstrom <= self._widest_angstrom < math.inf:
+            raise DataError(
+                f"{folder}: cutoff_angstrom is {self.cutoff_angstrom:g}, but must be above 0 and at most "
+                f"{self._widest_angstrom:g}, within which the store knows neighbours. Lower it, or make another store."
+            )
         self.energy = self.columns["energy"]
         self.source_index, self.split = self.columns["source_index"], self.columns["split"]
         self.n_atoms, self.n_edges = self.columns["n_atoms"], self.columns["n_edges"]
@@ -80,6 +100,11 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.source_index)
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether edges that the store knows are left out of its batches."""
+        return self.cutoff_angstrom < self._widest_angstrom
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -109,7 +134,7 @@ class Store:
     def gather(self, indices: Any, *, edges: bool = True) -> dict[str, Any]:
         """Copies of the raw arrays of the structures at `indices` (int64 [B]), as `structures_to_arrays` lays them out.
 
-        edges: False leaves out edge_index and edge_shift; edge_offset still counts them.
+        edges: False leaves out edge_index and edge_shift; edge_offset still counts them, whatever the cutoff.
         """
         indices = np.asarray(indices, dtype=np.int64)
         atoms = rows_of(self.columns["atoms"], self.atom_offset, indices)
@@ -125,9 +150,12 @@ class Store:
         arrays["energy"] = self.energy[indices]
         arrays["atom_offset"] = offsets(self.n_atoms[indices])
         arrays["edge_offset"] = offsets(self.n_edges[indices])
-        if edges:
-            arrays |= self._found_edges(arrays) if edge_records is None else unpack_edges(edge_records)
-        return arrays
+        if not edges:
+            return arrays
+        if edge_records is None:
+            return arrays | self._found_edges(arrays)
+        arrays |= unpack_edges(edge_records)
+        return edges_within(arrays, self.cutoff_angstrom) if self.is_narrowed else arrays
 
     def batch(self, indices: Any) -> Batch:
         """Join the structures at `indices` (int64 [B]) into one batch."""
@@ -146,14 +174,46 @@ class Store:
     def _found_edges(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         bounds = arrays["atom_offset"]
         edges = [
-            edges_of(arrays["positions"][a:b], cell if cell.any() else None, pbc, self.meta["cutoff_angstrom"])
+            edges_of(arrays["positions"][a:b], cell if cell.any() else None, pbc, self.cutoff_angstrom)
             for a, b, cell, pbc in zip(bounds[:-1], bounds[1:], arrays["cells"], arrays["pbc"], strict=True)
         ]
         nothing = concatenated([], [], [])
         return {
             "edge_index": np.concatenate([nothing["edge_index"], *(e.index for e in edges)], axis=1),
             "edge_shift": np.concatenate([nothing["edge_shift"], *(e.shift for e in edges)]),
+            "edge_offset": offsets([e.index.shape[1] for e in edges]),
         }
+
+    def count_edges(self, indices: Any) -> Any:
+        """Edges that each structure at `indices` has in a batch: int64 [n]. Reads them all where it is narrowed."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if not self.is_narrowed:
+            return self.n_edges[indices]
+        counts = [np.diff(self.gather(some)["edge_offset"]) for some in _runs(indices)]
+        return np.concatenate([indices[:0], *counts])
+
+    def edge_share(self, cutoff_angstrom: float) -> float:
+        """The share of the store's edges that are within a cutoff, at most that of its batches.
+
+        Measured on at most 512 structures, always the same ones; the first call reads them, the others take no time. Of
+        the five-source sample the standard error is 1 % at 4.5 Angstrom and 4 % at 2.5.
+        """
+        if cutoff_angstrom >= self._widest_angstrom:
+            return 1.0
+        squares, n_edges = self._sample
+        return float(np.searchsorted(squares, cutoff_angstrom**2)) / n_edges if n_edges else 1.0
+
+    @cached_property
+    def _sample(self) -> tuple[Any, int]:
+        """Squared lengths [Angstrom^2] of the edges of some structures, ascending, and how many the store knows."""
+        chosen = np.random.default_rng(0).choice(len(self), min(len(self), SAMPLED_STRUCTURES), replace=False)
+        squares = [squared_lengths(self.gather(some)) for some in _runs(np.sort(chosen))]
+        return np.sort(np.concatenate([np.zeros(0), *squares])), int(self.n_edges[chosen].sum())
+
+
+def _runs(indices: Any) -> Iterator[Any]:
+    """So many of some structures that their edges take no room worth speaking of."""
+    return (indices[k : k + STRUCTURES_AT_ONCE] for k in range(0, len(indices), STRUCTURES_AT_ONCE))
 
 
 def rows_of(column: Any, offset: Any, indices: Any) -> Any:
@@ -181,16 +241,12 @@ def _batch(arrays: Mapping[str, Any], energy_ev: Any) -> Batch:
     n_atoms, n_edges = np.diff(arrays["atom_offset"]), np.diff(arrays["edge_offset"])
     structures = np.arange(len(n_atoms))
     structure_of_edge = np.repeat(structures, n_edges)
-    shift = arrays["edge_shift"].astype(np.float64)  # 0 where there is no cell
-    for k in np.flatnonzero(arrays["cells"].any(axis=(1, 2))):
-        its = slice(arrays["edge_offset"][k], arrays["edge_offset"][k + 1])
-        shift[its] = shift[its] @ arrays["cells"][k]
     dtype = torch.get_default_dtype()
     return Batch(
         numbers=torch.from_numpy(arrays["numbers"].astype(np.int64)),
         positions=torch.from_numpy(arrays["positions"]).to(dtype),
         edge_index=torch.from_numpy(arrays["edge_index"] + arrays["atom_offset"][structure_of_edge]),
-        edge_shift=torch.from_numpy(shift).to(dtype),
+        edge_shift=torch.from_numpy(shifts_angstrom(arrays)).to(dtype),
         structure_index=torch.from_numpy(np.repeat(structures, n_atoms)),
         source_index=torch.from_numpy(arrays["source_index"].astype(np.int64)),
         n_atoms=torch.from_numpy(n_atoms),

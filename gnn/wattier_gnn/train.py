@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wattier_gnn import checkpoint
 from wattier_gnn.averaging import WeightAverage
 from wattier_gnn.batch import Batch
-from wattier_gnn.batching import cut_into_steps, split_over_ranks
+from wattier_gnn.batching import cut_into_steps, edges_to_cut_by, split_over_ranks
 from wattier_gnn.distributed import World, all_sum, from_rank_zero
 from wattier_gnn.loss import N_SUMS, error_sums, loss_terms, metrics_by_source, weighted_loss
 from wattier_gnn.model import FoundationModel
@@ -30,6 +30,7 @@ from wattier_gnn.schedule import Schedule
 from wattier_gnn.sharding import clip_gradients, model_state, spread_over_ranks
 from wattier_gnn.snapshot import CheckpointClock, Snapshot, TrainState
 from wattier_gnn.store import Store
+from wattier_gnn.structure import DataError
 from wattier_gnn.train_config import EpochReport, TrainConfig
 
 __all__ = ["EpochReport", "OnEpoch", "TrainConfig", "TrainState", "Trainer"]
@@ -54,10 +55,17 @@ class Trainer:
         world: World | None = None,
         before_save: Callable[[TrainState], None] | None = None,
     ) -> None:
-        """before_save: called on rank 0 before each checkpoint, to hang something on its `extra`."""
+        """before_save: called on rank 0 before each checkpoint, to hang something on its `extra`.
+
+        Raises:
+            DataError: the store's batches have longer edges than the model takes.
+        """
+        _refuse_longer_edges(model, store)
         self.world = world or World()
         self.store, self.config, self.folder, self.device = store, config, folder, device
         self.train_indices, self.val_indices = train_indices, val_indices
+        all_indices = np.concatenate([train_indices, val_indices])
+        self.n_edges = edges_to_cut_by(store, all_indices, config.limits, self.world, device)
         self.state, self._before_save = TrainState(), before_save
         self.model = model.to(device)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
@@ -213,12 +221,12 @@ class Trainer:
         return all_sum(sums)
 
     def _cut(self, order: Any) -> Iterator[Any]:
-        return cut_into_steps(order, self.config.limits, self.store.n_atoms, self.store.n_edges)
+        return cut_into_steps(order, self.config.limits, self.store.n_atoms, self.n_edges)
 
     def _split(self, steps: Iterable[Any]) -> Iterator[list[Any]]:
         """Every rank's part of each step; an edge is as much work as an atom has besides its edges."""
         for step in steps:
-            work = self.store.n_edges[step] + self.store.n_atoms[step]
+            work = self.n_edges[step] + self.store.n_atoms[step]
             yield split_over_ranks(step, work, self.world.size)
 
     def _note(self, train_loss: float, val_loss: float) -> bool:
@@ -268,6 +276,14 @@ class _SkippingAdamW(torch.optim.AdamW):
     """AdamW whose fused step does nothing where `found_inf` [] is 1: the seam of torch.amp.GradScaler."""
 
     found_inf: Tensor
+
+
+def _refuse_longer_edges(model: FoundationModel, store: Store) -> None:
+    if (cutoff := model.config.cutoff_angstrom) < store.cutoff_angstrom:
+        raise DataError(
+            f"the model's cutoff_angstrom is {cutoff:g}, but batches of {store.folder} have edges up to "
+            f"{store.cutoff_angstrom:g}. Open it as Store(folder, {cutoff:g})."
+        )
 
 
 def _sampler(store: Store, indices: Any, config: TrainConfig) -> Sampler:

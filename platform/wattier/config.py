@@ -69,9 +69,11 @@ class ModelSection(Section):
     energy_heads: a network a source, one for all, or the sum of the two. forces: minus the gradient of the energy, an
     equivariant vector head, or a head that is neither (the published kind). precision: of the encoder's linear layers.
     activation_checkpointing, edge_chunk: less memory for more work; edge_chunk counts edges and is for egnn alone.
+    cutoff_angstrom: of the neighbours it sees, at most data.cutoff_angstrom; null = that.
     """
 
     family: Literal["egnn", "schnet", "pna"] = "egnn"
+    cutoff_angstrom: PositiveFloat | None = None
     hidden_dim: Positive = 64
     n_layers: Positive = 3
     n_radial: Positive = 16

@@ -22,6 +22,7 @@ def refuse_wrong_combinations(config: RunConfig) -> None:
     _a_structure_for_each_rank(config)
     _weights_of_all_sources(config)
     _one_warm_up(config)
+    _neighbours_within_the_data(config)
     _whole_weights_for_gradients(config)
     _whole_gpus_for_shards(config)
     _power_caps_where_allowed(config)
@@ -92,6 +93,15 @@ def _one_warm_up(config: RunConfig) -> None:
     if max(reached(config, "warmup_steps")) and max(reached(config, "warmup_epochs")):
         raise ValueError(
             "training.warmup_steps and training.warmup_epochs are both above 0, but only one can be. Remove one"
+        )
+
+
+def _neighbours_within_the_data(config: RunConfig) -> None:
+    cutoffs = (float(value) for value in reached(config, "cutoff_angstrom") if value is not None)
+    if (largest := max(cutoffs, default=0.0)) > config.data.cutoff_angstrom:
+        raise ValueError(
+            f"model.cutoff_angstrom reaches {largest:g} and data.cutoff_angstrom is {config.data.cutoff_angstrom:g}, "
+            "but neighbours are known within the latter alone. Raise data.cutoff_angstrom, or lower the model's"
         )
 
 

@@ -48,6 +48,7 @@ def evaluate_run(
     """Evaluate the members as one ensemble and write ``evaluation.json``."""
     store = Store(run.store_path)
     ensemble = load_ensemble(run, members, store, device)
+    store = Store(run.store_path, ensemble.cutoff_angstrom)
     limits = step_limits(config)
     validation, test = (predict_split(ensemble, store, split, limits) for split in (VAL, TEST))
     forces = _known_forces(validation)
@@ -108,7 +109,7 @@ def predict_split(ensemble: Ensemble, store: Store, split: int, limits: StepLimi
     energies, forces, true_forces, known = [], [], [], []
     for step in cut_into_steps(indices, limits, store.n_atoms, store.n_edges):
         arrays = store.gather(step)
-        prediction = ensemble.predict_batch(store.joined(arrays), np.zeros(len(arrays["energy"])))
+        prediction = ensemble.predict_arrays(arrays, np.zeros(len(arrays["energy"])))
         energies.append(prediction.member_energies_ev)
         forces.append(prediction.member_forces_ev_per_angstrom)
         true_forces.append(arrays["forces"])

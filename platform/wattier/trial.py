@@ -200,13 +200,14 @@ def _families(config: RunConfig) -> list[Any]:
 
 
 def model_config(store: Store, section: ModelSection) -> ModelConfig:
-    """A network's config for the data of a store."""
+    """A network's config for the data of a store, of which it may take a smaller cutoff."""
+    cutoff = section.cutoff_angstrom
     return ModelConfig(
         sources=store.sources,
         energy_scale_ev=tuple(store.meta["energy_scale_ev"]),
-        mean_neighbors=store.meta["mean_neighbors"],
-        cutoff_angstrom=store.meta["cutoff_angstrom"],
-        **section.model_dump(),
+        mean_neighbors=store.meta["mean_neighbors"] * (1.0 if cutoff is None else store.edge_share(cutoff)),
+        cutoff_angstrom=store.meta["cutoff_angstrom"] if cutoff is None else cutoff,
+        **section.model_dump(exclude={"cutoff_angstrom"}),
     )
 
 
@@ -265,8 +266,9 @@ def _trainer(context: TrialContext, device: torch.device, bill_so_far: Callable[
     torch.set_num_threads(config.resources.cpus_per_rank)
     path, world = RunDir(Path(spec.run_dir)).store_path, context.world
     spread = config.data.placement == "spread" and world.size > 1
-    store = SpreadStore(path, world) if spread else Store(path)
     model_section, training = settings_of(config, spec.proposal.params)
+    cutoff = model_section.cutoff_angstrom
+    store = SpreadStore(path, world, cutoff) if spread else Store(path, cutoff)
     model = build_model(model_config(store, model_section), spec.seed)
     if spec.warm_start_from is not None:
         earlier = RunDir(Path(spec.run_dir)).trial_folder(spec.warm_start_from, spec.proposal.trial_id) / "best.pt"

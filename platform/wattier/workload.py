@@ -82,6 +82,10 @@ class _Split(NamedTuple):
     atoms: NDArray[np.float64]
     edges: NDArray[np.float64]
 
+    def with_edges(self, share: float) -> _Split:
+        """The same structures with a share of their edges."""
+        return self if share == 1.0 else self._replace(edges=self.edges * share)
+
     def means(self, shares: NDArray[np.float64] | None) -> tuple[float, float]:
         """Atoms and edges of a structure, drawn by shares of the sources; None = as they are."""
         weights = self.counts / max(1.0, self.counts.sum()) if shares is None else shares
@@ -106,8 +110,10 @@ def workload_of(config: RunConfig, store: Store | None) -> Callable[[Params, Fid
     def workload(params: Params, fidelity: Fidelity) -> Workload:
         chosen = model | {k: v for k, v in params.items() if k in model_keys}
         how = training | {k: v for k, v in params.items() if k in training_keys}
-        n = fidelity.structures
-        work = _workload(ModelConfig(**chosen), how, train(n), val(n), fidelity, sources)
+        cutoff = chosen.pop("cutoff_angstrom") or config.data.cutoff_angstrom  # edges tell it all
+        share, n = _edge_share(config, store, cutoff), fidelity.structures
+        seen = train(n).with_edges(share), val(n).with_edges(share)
+        work = _workload(ModelConfig(**chosen), how, *seen, fidelity, sources)
         # Ray keeps its actors from one trial to the next; inline, further ranks are children of this trial.
         return work._replace(starts=fidelity.ranks - 1) if config.launcher == "inline" else work
 
@@ -173,6 +179,13 @@ def _looked_up(config: RunConfig, store: Store) -> tuple[_Splits, _Splits]:
         return _split(store, choose_subset(store.indices(TRAIN), store.source_index, structures, config.seed))
 
     return train, lambda _: validation
+
+
+def _edge_share(config: RunConfig, store: Store | None, cutoff_angstrom: float) -> float:
+    """The share of the edges that a model with a cutoff of its own works on, taken for alike in all sources."""
+    if store is None:
+        return (cutoff_angstrom / config.data.cutoff_angstrom) ** 3
+    return store.edge_share(cutoff_angstrom)
 
 
 def _guessed(config: RunConfig) -> tuple[_Splits, _Splits]:

@@ -1,4 +1,7 @@
-"""One rank of some spread stores: ``spread_worker.py RANK SIZE FOLDER PORT STORE...``; leaves FOLDER/rank.npz."""
+"""One rank of some spread stores: ``spread_worker.py RANK SIZE FOLDER PORT CUTOFF STORE...``; leaves FOLDER/rank.npz.
+
+Each store is read twice: with its own cutoff, and with the smaller CUTOFF.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wattier_gnn.batching import StepLimits, edges_to_cut_by
 from wattier_gnn.distributed import World, process_group
 from wattier_gnn.spread import SpreadStore
 
@@ -22,7 +26,7 @@ def parts_of_steps(n_structures: int, size: int) -> list[list[np.ndarray]]:
     return [[rng.integers(0, n_structures, rng.integers(0, 7)) for _ in range(size)] for _ in range(STEPS)]
 
 
-def main(rank: int, size: int, folder: Path, port: int, store_folders: list[Path]) -> None:
+def main(rank: int, size: int, folder: Path, port: int, cutoff: float, store_folders: list[Path]) -> None:
     """Every step's batch of this rank from each store, in float64."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -30,8 +34,10 @@ def main(rank: int, size: int, folder: Path, port: int, store_folders: list[Path
     world = World(rank=rank, size=size, port=port)
     with process_group(world, torch.device("cpu")):
         found = {}
-        for number, store_folder in enumerate(store_folders):
-            store = SpreadStore(store_folder, world)
+        stores = [SpreadStore(path, world, reach) for reach in (None, cutoff) for path in store_folders]
+        for number, store in enumerate(stores):
+            limits = StepLimits(8, edges=99)
+            found[f"{number}.n_edges"] = edges_to_cut_by(store, np.arange(1, 20), limits, world, torch.device("cpu"))
             found[f"{number}.bounds"] = store.bounds
             for step, parts in enumerate(parts_of_steps(len(store), size)):
                 batch = store.batch_of(parts, rank)
@@ -41,4 +47,5 @@ def main(rank: int, size: int, folder: Path, port: int, store_folders: list[Path
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), [Path(p) for p in sys.argv[5:]])
+    rank, size, folder, port, cutoff, *stores = sys.argv[1:]
+    main(int(rank), int(size), Path(folder), int(port), float(cutoff), list(map(Path, stores)))

@@ -21,6 +21,7 @@ from wattier_gnn.store import Store
 
 WORKER = Path(__file__).with_name("spread_worker.py")
 SECONDS = 100
+SMALLER_ANGSTROM = 2.8  # a third of the store's edges
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,8 @@ def ranks(emt_store: Store, on_the_fly: Store, tmp_path_factory: pytest.TempPath
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = str(server.getsockname()[1])
         for rank in range(size):
-            arguments = [str(rank), str(size), str(folders[size]), port, str(emt_store.folder), str(on_the_fly.folder)]
-            command = [sys.executable, "-W", "error", str(WORKER), *arguments]
+            arguments = [rank, size, folders[size], port, SMALLER_ANGSTROM, emt_store.folder, on_the_fly.folder]
+            command = [sys.executable, "-W", "error", str(WORKER), *map(str, arguments)]
             processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     deadline = time.monotonic() + SECONDS
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -65,12 +66,15 @@ def ranks(emt_store: Store, on_the_fly: Store, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("number", [0, 1], ids=["edges kept", "edges found"])
+@pytest.mark.parametrize("number", range(4), ids=["edges kept", "edges found", "some kept", "some found"])
 def test_batches_are_those_of_the_plain_store(
     ranks: dict[int, list[Any]], emt_store: Store, on_the_fly: Store, size: int, number: int
 ) -> None:
-    store = (emt_store, on_the_fly)[number]
+    folder, cutoff = (emt_store, on_the_fly)[number % 2].folder, SMALLER_ANGSTROM if number > 1 else None
+    store = Store(folder, cutoff)
     for found in ranks[size]:
+        counted = store.count_edges(np.arange(1, 20))
+        np.testing.assert_array_equal(found[f"{number}.n_edges"][1:20], counted, err_msg="counted by all ranks")
         for step in range(6):
             expected = store.batch(found[f"{number}.{step}.part"])
             for field in fields(expected):

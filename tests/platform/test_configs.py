@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def test_none_is_missing():
         "single_gpu.yaml",
         "multi_node.yaml",
         "paper.yaml",
+        "wide.yaml",
         SIZES,
     }
 
@@ -61,6 +63,19 @@ def test_paper_has_the_published_space():
         "batch_structures": (16 * 1024, 128 * 1024),  # theirs are a rank's own, ours a step's over 1,024 ranks
     }
     assert (config.select.accurate, config.select.balanced) == (4, 11)
+
+
+def test_wide_searches_what_moves_power_or_cost():
+    """More than the night's config, in stages that rise; its data hold every cutoff that is searched."""
+    config, night = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("wide", "single_gpu"))
+    space = config.search.space
+    assert set(space) > set(night.search.space)
+    assert set(space) >= {"batch_structures", "precision", "learning_rate", "force_weight", "cutoff_angstrom", "family"}
+    assert space["learning_rate"].log
+    assert space["cutoff_angstrom"].high == config.data.cutoff_angstrom
+    sizes = [(stage.structures, stage.epochs) for stage in config.search.stages]
+    assert len(sizes) == 3
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(sizes))
 
 
 def test_slurm_script_is_valid_bash():

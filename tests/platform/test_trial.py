@@ -132,6 +132,29 @@ def test_one_member_is_released_without_uncertainty(make) -> None:
     assert "energy_std" not in atoms.calc.results
 
 
+def test_members_of_other_cutoffs_are_one_ensemble(make) -> None:
+    """Searched, trained, evaluated, released and asked: each member looks as far as it did in training."""
+    run, config = make({"cutoff_angstrom": {"choices": [1.8, 3.0]}}, trials=6, accurate=3, balanced=3)
+    with steps.launcher_for(config) as launcher:
+        assert steps.run_all(run, config, launcher, Quiet())
+    from ase import Atoms
+
+    from wattier_gnn.calculator import WattierCalculator
+
+    atoms = Atoms("CHO", [(0, 0, 0), (0, 0, 1.1), (0, 2.5, 0)])  # the oxygen is 2.5 A from C, 2.73 A from H
+    atoms.calc = WattierCalculator(run.release_path, source="qm7x")
+    cutoffs = [member.config.cutoff_angstrom for member in atoms.calc.ensemble.members]
+    assert set(cutoffs) == {1.8, 3.0}
+    params = {t.trial_id: t.params for t in run.trials(FULL_STAGE)}
+    assert cutoffs == [params[m["trial_id"]]["cutoff_angstrom"] for m in run.evaluation()["members"]]
+    near = {member.config.cutoff_angstrom: member.config.mean_neighbors for member in atoms.calc.ensemble.members}
+    assert 0 < near[1.8] < 0.6 * near[3.0]
+    assert near[3.0] == json.loads((run.store_path / "manifest.json").read_text())["mean_neighbors"]
+    atoms.get_forces()
+    on_oxygen = [bool(forces[2].any()) for forces in atoms.calc.results["forces_comm"]]
+    assert on_oxygen == [cutoff == 3.0 for cutoff in cutoffs]
+
+
 def test_the_first_step_of_a_process_is_a_phase_of_its_own(make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wattier.trial._WARM", set())
     run, config = make({"hidden_dim": {"choices": [8]}})

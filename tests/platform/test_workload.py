@@ -72,7 +72,7 @@ def train(config: RunConfig, store: Store, params: Params, fidelity: Fidelity, f
     section, training = settings_of(config, params)
     return Trainer(
         build_model(model_config(store, section), 0), store,
-        TrainConfig(epochs=fidelity.epochs, early_stop_patience=fidelity.epochs, **training.model_dump()),
+        TrainConfig(epochs=fidelity.epochs, early_stop_patience=fidelity.epochs, **training.for_trainer()),
         train_indices=choose_subset(store.indices(TRAIN), store.source_index, fidelity.structures, config.seed),
         val_indices=store.indices(VAL), folder=folder, device=torch.device("cpu"),
     ).run(lambda _: True)  # fmt: skip
@@ -103,6 +103,22 @@ def test_products_steps_and_structures_are_those_of_a_training(
     # Every structure is drawn equally often, so that sums are exact; a uniform mixture of 64 draws is so on the mean.
     tolerance = 0.1 if training else 1e-9
     assert work.flops == pytest.approx(products.flops, rel=tolerance)
+
+
+@pytest.mark.parametrize("cutoff", [2.0, 3.0, 4.0])
+def test_a_smaller_cutoff_is_less_work(
+    cutoff: float, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much less as its training makes fewer products; the store's share of edges stands for that of each split."""
+    monkeypatch.setattr(ops, "SMALLEST_ONE_DNN_PRODUCT", 2**62)
+    config, params, fidelity = config_of(store), {"cutoff_angstrom": cutoff}, Fidelity("s", None, 1, 1)
+    workload = workload_of(config, store)
+    with Products() as products:
+        train(config, Store(store.folder, cutoff), params, fidelity, tmp_path)
+    assert workload(params, fidelity).flops == pytest.approx(products.flops, rel=0.02)
+    assert workload({}, fidelity) == workload({"cutoff_angstrom": 4.0}, fidelity)
+    guess = workload_of(config, None)
+    assert guess({"cutoff_angstrom": 2.5}, fidelity).flops < guess({}, fidelity).flops
 
 
 def test_steps_obey_the_limits_of_atoms_and_edges(store: Store) -> None:
