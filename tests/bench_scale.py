@@ -1,0 +1,288 @@
+"""What the search itself costs: trials that do nothing but leave their result. Nothing is gated on it.
+
+usage: make bench, or: python tests/bench_scale.py [--sizes 100 1000 5000] [--samplers random tpe] [--ray 300]
+
+A search of n trials is measured at its end: the run directory is filled with n trials, as a killed run leaves it, and
+the next ones run. So a slow sampler is measured at 5,000 trials without running 5,000 of its own. Wall times are of
+this machine's file system too (every record is synced); CPU milliseconds are the driver's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import importlib.metadata
+import io
+import itertools
+import os
+import platform
+import pstats
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import psutil
+
+from wattier.config import RunConfig, SearchSection
+from wattier.launch import InlineLauncher, Launcher
+from wattier.records import Fidelity, TrialResult
+from wattier.rundir import RunDir, append_json_line, write_json
+from wattier.search import run_search
+from wattier.select import compare, select_trials, split_candidates
+from wattier.trial import TrialContext
+from wattier_telemetry import EnergyReport, Share
+from wattier_telemetry.journal import Journal
+
+STAGE, EPOCHS, START_SECONDS = "only", 1, 1_760_000_000.0
+MEASURED_TRIALS, MOST_SECONDS = 100, 45.0  # at each size
+SPACE = {  # the published one
+    "family": {"choices": ["egnn", "schnet", "pna"]},
+    "n_layers": {"low": 2, "high": 6},
+    "hidden_dim": {"low": 100, "high": 2000},
+    "n_head_layers": {"low": 2, "high": 3},
+    "head_dim": {"low": 300, "high": 1000},
+    "batch_structures": {"low": 16, "high": 128},
+}
+T = TypeVar("T")
+PACKAGES = ("optuna", "ray", "numpy")
+
+
+class Enough(Exception):
+    """The trials that were to be measured have run."""
+
+
+def main() -> None:
+    arguments = parsed()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    print(f"python {platform.python_version()}, {versions}, {os.cpu_count()} cores, {platform.machine()}")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for sampler in arguments.samplers:
+            for size in arguments.sizes:
+                grown(Path(folder) / f"{sampler}-{size}", sampler, size, profile=arguments.profile)
+        if arguments.whole:
+            whole(Path(folder) / "whole", arguments.whole)
+        if arguments.ray:
+            on_ray(Path(folder) / "ray", arguments.ray)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    known = list(get_args(SearchSection.model_fields["sampler"].annotation))
+    parser.add_argument("--sizes", type=int, nargs="*", default=[100, 1000, 5000], help="trials that are there already")
+    parser.add_argument("--samplers", nargs="*", default=known, choices=known)
+    parser.add_argument("--whole", type=int, default=5000, help="trials of a whole search, random; 0 = none")
+    parser.add_argument("--ray", type=int, default=300, help="trials of a whole search on Ray; 0 = none")
+    parser.add_argument("--folder", type=Path, help="where runs are made and removed; default: the temporary folder")
+    parser.add_argument("--profile", action="store_true", help="where the time of the measured trials goes")
+    return parser.parse_args()
+
+
+def nothing(context: TrialContext) -> TrialResult:
+    """A trial that does nothing but leave its result."""
+    result = made_result(context.config.name, context.spec.proposal.trial_id, context.spec.proposal.params)
+    write_json(context.folder / "result.json", result.to_dict())
+    return result
+
+
+def made_result(run: str, trial_id: str, params: dict[str, Any]) -> TrialResult:
+    """Loss falls and joules rise with the width, with noise; shares as one metered process leaves them."""
+    noise = random.Random(trial_id)
+    work = params["n_layers"] * params["hidden_dim"] ** 2 / 1e6 + params["head_dim"] / 1e4
+    start, joules = START_SECONDS + 100 * noise.random(), 100 * work * (0.9 + 0.2 * noise.random())
+    share = Share("GPU-0", "gpu", start, start + 60, 1.0, joules, "counter", 1.0, 0.99 * joules, 1.01 * joules)
+    return TrialResult(
+        run=run,
+        trial_id=trial_id,
+        params=params,
+        fidelity=Fidelity(STAGE, None, EPOCHS, 1),
+        status="complete",
+        val_loss=0.05 + 0.1 / (0.1 + work) * (0.9 + 0.2 * noise.random()),
+        val_by_source={},
+        epochs_done=EPOCHS,
+        structures_seen=1000,
+        wall_seconds=60.0,
+        energy=EnergyReport.of([share]),
+        n_parameters=100_000,
+        devices=("GPU-0",),
+    )
+
+
+def new_run(folder: Path, sampler: str, trials: int, launcher: str = "inline") -> RunDir:
+    """A run of one stage with the published space."""
+    config = {
+        "name": "scale",
+        "run_dir": str(folder),
+        "launcher": launcher,
+        "data": {"sources": {"ani1x": "sample"}},
+        "search": {
+            "sampler": sampler,
+            "space": SPACE,
+            "stages": [{"name": STAGE, "trials": trials, "epochs": EPOCHS, "reduction_factor": None}],
+        },
+        "resources": {"gpus_per_rank": 0},
+    }
+    return RunDir.create(RunConfig.model_validate(config))
+
+
+def fill(run: RunDir, count: int) -> None:
+    """What `count` finished trials leave: folders, notes, results, journals and rows. Nothing waits for the disk."""
+    fsync, os.fsync = os.fsync, lambda _: None
+    try:
+        noise = random.Random(0)
+        for index in range(count):
+            trial_id = f"{STAGE}-{index:03d}"
+            params = {
+                name: noise.choice(p["choices"]) if "choices" in p else noise.randint(p["low"], p["high"])
+                for name, p in SPACE.items()
+            }
+            result = made_result("scale", trial_id, params)
+            folder = run.trial_folder(STAGE, trial_id)
+            Journal(folder / "attempt1-rank0.energy.json").finish(result.energy)
+            write_json(folder / "trial.json", {"trial_id": trial_id, "params": params})
+            write_json(folder / "result.json", result.to_dict())
+            append_json_line(run.trials_path, result.to_dict())
+    finally:
+        os.fsync = fsync
+
+
+def grown(folder: Path, sampler: str, size: int, *, profile: bool) -> None:
+    """Milliseconds a trial at the end of a search, and how long a killed one takes to go on."""
+    run = new_run(folder, sampler, size + MEASURED_TRIALS)
+    fill(run, size)
+    at: list[float] = []
+    cpu: list[float] = []
+    begun = time.perf_counter()
+
+    def on_result(result: TrialResult) -> None:
+        run.trials(result.fidelity.stage)  # as the listener of a run does, to say how many there are
+        at.append(time.perf_counter())
+        cpu.append(time.process_time())
+        if len(at) >= MEASURED_TRIALS or at[-1] - begun > MOST_SECONDS:
+            raise Enough
+
+    with contextlib.suppress(Enough), profiled(profile):
+        search(run, InlineLauncher(), on_result)
+    wall = [1000 * (b - a) for a, b in itertools.pairwise(at)]
+    used = 1000 * (cpu[-1] - cpu[0]) / max(1, len(wall))
+    print(
+        f"{sampler:8} at {size:5} trials: {statistics.median(wall):8.2f} ms a trial (median of {len(wall)}), "
+        f"{used:8.2f} ms of it the driver's CPU; the first one {at[0] - begun:.2f} s after the start"
+    )
+
+
+def search(run: RunDir, launcher: Launcher, on_result: Callable[[TrialResult], None]) -> None:
+    """What `wattier search` does once there are data."""
+    run_search(run, run.config(), launcher, nothing, on_result)
+
+
+@contextlib.contextmanager
+def profiled(wanted: bool) -> Iterator[None]:
+    """Print the dearest functions of the block."""
+    if not wanted:
+        yield
+        return
+    profile = cProfile.Profile()
+    try:
+        with profile:
+            yield
+    finally:
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).sort_stats("cumulative").print_stats(35)
+        print(text.getvalue())
+
+
+def whole(folder: Path, trials: int) -> None:
+    """A search from its first trial to its last, and everything that reads such a run."""
+    process = psutil.Process()
+    run = new_run(folder, "random", trials)
+    before = process.memory_info().rss
+    at = [time.perf_counter()]
+
+    def on_result(result: TrialResult) -> None:
+        run.trials(result.fidelity.stage)
+        at.append(time.perf_counter())
+
+    cpu = time.process_time()
+    search(run, InlineLauncher(), on_result)
+    seconds, cpu = at[-1] - at[0], time.process_time() - cpu
+    print(f"whole search of {trials} trials, random: {seconds:.1f} s, {1000 * seconds / trials:.2f} ms a trial, "
+          f"{1000 * cpu / trials:.2f} ms of it CPU; "
+          f"memory {before / 2**20:.0f} -> {process.memory_info().rss / 2**20:.0f} MiB")  # fmt: skip
+    describe(run, trials)
+    readers(run)
+
+
+def describe(run: RunDir, trials: int) -> None:
+    """Files and bytes of a run directory."""
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    total, rows = sum(path.stat().st_size for path in files), run.trials_path.stat().st_size
+    print(f"run directory: {len(files)} files, {total / 2**20:.1f} MiB, {len(files) / trials:.2f} files a trial; "
+          f"trials.jsonl {rows / trials:.0f} B a trial")  # fmt: skip
+
+
+def readers(run: RunDir) -> None:
+    """Time of everything that reads a finished run; each in a process's first call, as a command does it."""
+    from wattier import report, views
+    from wattier.ledger import ledger_info
+
+    config = run.config()
+    trials = timed("trials()", lambda: RunDir.open(run.path).trials())
+    timed(
+        "the same search again, nothing to do", lambda: search(RunDir.open(run.path), InlineLauncher(), lambda _: None)
+    )
+    candidates, _ = split_candidates(trials, stage=STAGE)
+    timed("compare: ranks, contributions", lambda: compare(candidates))
+    chosen = timed(
+        "select_trials", lambda: select_trials(trials, config.select, stage=STAGE, project=lambda t: t.energy_joules)
+    )
+    write_json(run.selection_path, chosen.to_dict())
+    timed("ledger_info", lambda: ledger_info(RunDir.open(run.path)))
+    timed("trials_info", lambda: views.trials_info(RunDir.open(run.path)))
+    timed("pareto_info", lambda: views.pareto_info(RunDir.open(run.path)))
+    timed("learning_curves_info", lambda: views.learning_curves_info(RunDir.open(run.path)))
+    timed("report", lambda: report.write_report(RunDir.open(run.path)))
+    command = [sys.executable, "-m", "wattier", "status", str(run.path)]
+    timed("wattier status, the whole command", lambda: subprocess.run(command, check=True, capture_output=True))
+
+
+def timed(what: str, call: Callable[[], T]) -> T:
+    """Call once, print seconds."""
+    begun = time.perf_counter()
+    answer = call()
+    print(f"  {what:40} {time.perf_counter() - begun:7.2f} s")
+    return answer
+
+
+def on_ray(folder: Path, trials: int) -> None:
+    """Trials as Ray Tune functions on a private cluster of this machine."""
+    from wattier.ray_backend import RayLauncher
+
+    run = new_run(folder, "random", trials, launcher="ray")
+    launcher, at = RayLauncher(), [time.perf_counter()]
+
+    def on_result(result: TrialResult) -> None:
+        at.append(time.perf_counter())
+
+    process, cpu = psutil.Process(), time.process_time()
+    try:
+        search(run, launcher, on_result)
+    finally:
+        launcher.close()
+    half = len(at) // 2
+    print(f"Ray, {trials} trials: the first after {at[1] - at[0]:.1f} s, then "
+          f"{1000 * (at[half] - at[1]) / (half - 1):.1f} ms a trial in the first half, "
+          f"{1000 * (at[-1] - at[half]) / (len(at) - 1 - half):.1f} in the second; the driver's CPU "
+          f"{1000 * (time.process_time() - cpu) / trials:.1f} ms a trial, "
+          f"{process.memory_info().rss / 2**20:.0f} MiB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
