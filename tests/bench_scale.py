@@ -32,7 +32,7 @@ import psutil
 
 from wattier.config import RunConfig, SearchSection
 from wattier.launch import InlineLauncher, Launcher
-from wattier.records import Fidelity, TrialResult
+from wattier.records import EpochRecord, Fidelity, TrialResult
 from wattier.rundir import RunDir, append_json_line, write_json
 from wattier.search import run_search
 from wattier.select import compare, select_trials, split_candidates
@@ -68,6 +68,11 @@ def main() -> None:
                 grown(Path(folder) / f"{sampler}-{size}", sampler, size, profile=arguments.profile)
         if arguments.whole:
             whole(Path(folder) / "whole", arguments.whole)
+        if arguments.readers:
+            run = new_run(Path(folder) / "readers", "random", arguments.readers)
+            fill(run, arguments.readers)
+            describe(run, arguments.readers)
+            readers(run)
         if arguments.ray:
             on_ray(Path(folder) / "ray", arguments.ray)
 
@@ -79,6 +84,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 1000, 5000], help="trials that are there already")
     parser.add_argument("--samplers", nargs="*", default=known, choices=known)
     parser.add_argument("--whole", type=int, default=5000, help="trials of a whole search, random; 0 = none")
+    parser.add_argument("--readers", type=int, default=5000, help="trials of a run that commands read; 0 = none")
     parser.add_argument("--ray", type=int, default=300, help="trials of a whole search on Ray; 0 = none")
     parser.add_argument("--folder", type=Path, help="where runs are made and removed; default: the temporary folder")
     parser.add_argument("--profile", action="store_true", help="where the time of the measured trials goes")
@@ -148,6 +154,8 @@ def fill(run: RunDir, count: int) -> None:
             Journal(folder / "attempt1-rank0.energy.json").finish(result.energy)
             write_json(folder / "trial.json", {"trial_id": trial_id, "params": params})
             write_json(folder / "result.json", result.to_dict())
+            record = EpochRecord(1, result.val_loss, result.val_loss, {}, 1000, 60.0, 1e-3, result.energy_joules)
+            append_json_line(folder / "epochs.jsonl", record.to_dict())
             append_json_line(run.trials_path, result.to_dict())
     finally:
         os.fsync = fsync
@@ -216,8 +224,6 @@ def whole(folder: Path, trials: int) -> None:
     print(f"whole search of {trials} trials, random: {seconds:.1f} s, {1000 * seconds / trials:.2f} ms a trial, "
           f"{1000 * cpu / trials:.2f} ms of it CPU; "
           f"memory {before / 2**20:.0f} -> {process.memory_info().rss / 2**20:.0f} MiB")  # fmt: skip
-    describe(run, trials)
-    readers(run)
 
 
 def describe(run: RunDir, trials: int) -> None:
