@@ -15,6 +15,7 @@ import cProfile
 import importlib.metadata
 import io
 import itertools
+import json
 import os
 import platform
 import pstats
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -37,7 +39,7 @@ from wattier.rundir import RunDir, append_json_line, write_json
 from wattier.search import run_search
 from wattier.select import compare, select_trials, split_candidates
 from wattier.trial import TrialContext
-from wattier_telemetry import EnergyReport, Share
+from wattier_telemetry import EnergyMeter, EnergyReport, Share, TrialRegistration, bill, open_source
 from wattier_telemetry.journal import Journal
 
 STAGE, EPOCHS, START_SECONDS = "only", 1, 1_760_000_000.0
@@ -73,6 +75,9 @@ def main() -> None:
             fill(run, arguments.readers)
             describe(run, arguments.readers)
             readers(run)
+        for ranks in arguments.ranks:
+            many_ranks(ranks)
+        meter(Path(folder) / "meter")
         if arguments.ray:
             on_ray(Path(folder) / "ray", arguments.ray)
 
@@ -85,6 +90,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--samplers", nargs="*", default=known, choices=known)
     parser.add_argument("--whole", type=int, default=5000, help="trials of a whole search, random; 0 = none")
     parser.add_argument("--readers", type=int, default=5000, help="trials of a run that commands read; 0 = none")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 1024], help="ranks of a trial that is billed")
     parser.add_argument("--ray", type=int, default=300, help="trials of a whole search on Ray; 0 = none")
     parser.add_argument("--folder", type=Path, help="where runs are made and removed; default: the temporary folder")
     parser.add_argument("--profile", action="store_true", help="where the time of the measured trials goes")
@@ -236,7 +242,7 @@ def describe(run: RunDir, trials: int) -> None:
 
 def readers(run: RunDir) -> None:
     """Time of everything that reads a finished run; each in a process's first call, as a command does it."""
-    from wattier import report, views
+    from wattier import console, report, views
     from wattier.ledger import ledger_info
 
     config = run.config()
@@ -255,6 +261,7 @@ def readers(run: RunDir) -> None:
     timed("pareto_info", lambda: views.pareto_info(RunDir.open(run.path)))
     timed("learning_curves_info", lambda: views.learning_curves_info(RunDir.open(run.path)))
     timed("report", lambda: report.write_report(RunDir.open(run.path)))
+    timed("the live table of running trials", lambda: console.running_table(run.path))
     command = [sys.executable, "-m", "wattier", "status", str(run.path)]
     timed("wattier status, the whole command", lambda: subprocess.run(command, check=True, capture_output=True))
 
@@ -265,6 +272,63 @@ def timed(what: str, call: Callable[[], T]) -> T:
     answer = call()
     print(f"  {what:40} {time.perf_counter() - begun:7.2f} s")
     return answer
+
+
+def many_ranks(ranks: int) -> None:
+    """What the record of a trial of many ranks weighs, and what rank 0 pays each epoch to add up their journals."""
+    start, shares = START_SECONDS, []
+    for rank in range(ranks):
+        shares.append(Share(f"GPU-{rank:036d}", "gpu", start + rank / 1e3, start + 600, 1.0, 1e5 + rank, "counter",
+                            1.0, 9.9e4, 1.1e5, throttled_seconds={"power": 0.5}))  # fmt: skip
+    row = {**made_result("scale", "only-000", {"n_layers": 2, "hidden_dim": 9, "head_dim": 9}).to_dict()}
+    text = json.dumps({**row, "energy": EnergyReport.of(shares).to_dict()})
+    begun = time.process_time()
+    TrialResult.from_dict(json.loads(text))
+    seconds = time.process_time() - begun
+    tracemalloc.start()
+    kept = TrialResult.from_dict(json.loads(text))
+    in_memory, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(f"a row of {len(kept.energy.shares)} ranks: {len(text) / 2**10:.0f} KiB, {1000 * seconds:.1f} ms CPU to read, "
+          f"{in_memory / 2**10:.0f} KiB in memory", end="; ")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, share in enumerate(shares):
+            Journal(Path(folder) / f"attempt1-rank{rank}.energy.json").write(EnergyReport.of([share]))
+        begun = time.process_time()
+        bill(Path(folder))
+        print(f"{1000 * (time.process_time() - begun):.0f} ms CPU to add up their journals")
+
+
+def meter(folder: Path) -> None:
+    """What measuring costs a trial that does nothing, and a rank that runs."""
+    source = open_source("estimated", rated_watts=10.0)
+
+    def window(number: int) -> None:
+        with EnergyMeter(source, journal=folder / f"attempt{number}-rank0.energy.json"):
+            pass
+
+    registration = TrialRegistration(run="scale", stage=STAGE, trial="only-000", rank=0, pid=os.getpid())
+
+    def registered(_: int) -> None:
+        registration.write(folder / "registry")
+        registration.withdraw(folder / "registry")
+
+    for what, call in (("a meter's window, opened and closed", window), ("a registration, made and gone", registered)):
+        walls, begun = [], time.process_time()
+        for number in range(50):
+            before = time.perf_counter()
+            call(number)
+            walls.append(1000 * (time.perf_counter() - before))
+        cpu = 1000 * (time.process_time() - begun) / len(walls)
+        print(f"{what}: {statistics.median(walls):.1f} ms, {cpu:.1f} ms of it CPU")
+    for interval, seldom in ((0.05, None), (0.05, 5.0), (1.0, 5.0)):
+        path = folder / f"{interval}-{seldom}.energy.json"
+        with EnergyMeter(source, journal=path, interval_seconds=interval, journal_seconds=seldom):
+            begun, cpu_begun = time.perf_counter(), time.process_time()
+            time.sleep(5)
+            share = (time.process_time() - cpu_begun) / (time.perf_counter() - begun)
+        print(f"a meter that reads every {interval} s and writes its journal every {seldom or interval} s: "
+              f"{100 * share:.2f} % of a core")  # fmt: skip
 
 
 def on_ray(folder: Path, trials: int) -> None:
@@ -279,7 +343,8 @@ def on_ray(folder: Path, trials: int) -> None:
 
     process, cpu = psutil.Process(), time.process_time()
     try:
-        search(run, launcher, on_result)
+        with contextlib.redirect_stdout(io.StringIO()):  # Tune has a line for each trial that reported nothing
+            search(run, launcher, on_result)
     finally:
         launcher.close()
     half = len(at) // 2
