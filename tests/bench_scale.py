@@ -1,6 +1,6 @@
 """What the search itself costs: trials that do nothing but leave their result. Nothing is gated on it.
 
-usage: make bench, or: python tests/bench_scale.py [--sizes 100 1000 5000] [--samplers random tpe] [--ray 300]
+usage: make bench, or: python tests/bench_scale.py [--sizes 100 1000 5000] [--samplers random tpe] [--ray 300] ...
 
 A search of n trials is measured at its end: the run directory is filled with n trials, as a killed run leaves it, and
 the next ones run. So a slow sampler is measured at 5,000 trials without running 5,000 of its own. Wall times are of
@@ -26,17 +26,19 @@ import sys
 import tempfile
 import time
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import optuna
 import psutil
 
 from wattier.config import RunConfig, SearchSection
 from wattier.launch import InlineLauncher, Launcher
 from wattier.records import EpochRecord, Fidelity, TrialResult
 from wattier.rundir import RunDir, append_json_line, write_json
-from wattier.search import run_search
+from wattier.search import distributions, run_search
 from wattier.select import compare, select_trials, split_candidates
 from wattier.trial import TrialContext
 from wattier_telemetry import EnergyMeter, EnergyReport, Share, TrialRegistration, bill, open_source
@@ -68,6 +70,7 @@ def main() -> None:
         for sampler in arguments.samplers:
             for size in arguments.sizes:
                 grown(Path(folder) / f"{sampler}-{size}", sampler, size, profile=arguments.profile)
+        suggestions(Path(folder) / "ask", arguments.ask)
         if arguments.whole:
             whole(Path(folder) / "whole", arguments.whole)
         if arguments.readers:
@@ -88,6 +91,7 @@ def parsed() -> argparse.Namespace:
     known = list(get_args(SearchSection.model_fields["sampler"].annotation))
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 1000, 5000], help="trials that are there already")
     parser.add_argument("--samplers", nargs="*", default=known, choices=known)
+    parser.add_argument("--ask", type=int, nargs="*", default=[100, 500, 1000, 5000], help="trials of Optuna's study")
     parser.add_argument("--whole", type=int, default=5000, help="trials of a whole search, random; 0 = none")
     parser.add_argument("--readers", type=int, default=5000, help="trials of a run that commands read; 0 = none")
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 1024], help="ranks of a trial that is billed")
@@ -151,10 +155,7 @@ def fill(run: RunDir, count: int) -> None:
         noise = random.Random(0)
         for index in range(count):
             trial_id = f"{STAGE}-{index:03d}"
-            params = {
-                name: noise.choice(p["choices"]) if "choices" in p else noise.randint(p["low"], p["high"])
-                for name, p in SPACE.items()
-            }
+            params = random_params(noise)
             result = made_result("scale", trial_id, params)
             folder = run.trial_folder(STAGE, trial_id)
             Journal(folder / "attempt1-rank0.energy.json").finish(result.energy)
@@ -190,6 +191,39 @@ def grown(folder: Path, sampler: str, size: int, *, profile: bool) -> None:
         f"{sampler:8} at {size:5} trials: {statistics.median(wall):8.2f} ms a trial (median of {len(wall)}), "
         f"{used:8.2f} ms of it the driver's CPU; the first one {at[0] - begun:.2f} s after the start"
     )
+
+
+def suggestions(folder: Path, sizes: list[int]) -> None:
+    """Optuna's part alone: CPU milliseconds of one `ask` for the published space, in studies of two objectives."""
+    space = distributions(new_run(folder, "random", 1).config().search.space)
+    samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "TPE": lambda: optuna.samplers.TPESampler(seed=0),
+        "TPE, multivariate": lambda: optuna.samplers.TPESampler(seed=0, multivariate=True),
+        "NSGA-II": lambda: optuna.samplers.NSGAIISampler(seed=0),
+    }
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    for (name, sampler), size in itertools.product(samplers.items(), sizes):
+        study, noise = optuna.create_study(directions=["minimize"] * 2, sampler=sampler()), random.Random(0)
+        for index in range(size):
+            params = random_params(noise)
+            row = made_result("scale", str(index), params)
+            values = [row.val_loss, row.energy_joules]
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=space, values=values))
+        cpu = []
+        for index in range(8):
+            begun = time.process_time()
+            trial = study.ask(space)
+            cpu.append(1000 * (time.process_time() - begun))
+            study.tell(trial, [0.1, 100.0 + index])
+        print(f"ask of {name} in a study of {size}: {statistics.median(cpu):.1f} ms CPU")
+
+
+def random_params(noise: random.Random) -> dict[str, Any]:
+    """Any point of the space."""
+    return {
+        name: noise.choice(p["choices"]) if "choices" in p else noise.randint(p["low"], p["high"])
+        for name, p in SPACE.items()
+    }
 
 
 def search(run: RunDir, launcher: Launcher, on_result: Callable[[TrialResult], None]) -> None:
@@ -289,8 +323,8 @@ def many_ranks(ranks: int) -> None:
     kept = TrialResult.from_dict(json.loads(text))
     in_memory, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    print(f"a row of {len(kept.energy.shares)} ranks: {len(text) / 2**10:.0f} KiB, {1000 * seconds:.1f} ms CPU to read, "
-          f"{in_memory / 2**10:.0f} KiB in memory", end="; ")  # fmt: skip
+    print(f"a row of {len(kept.energy.shares)} ranks: {len(text) / 2**10:.0f} KiB, "
+          f"{1000 * seconds:.1f} ms CPU to read, {in_memory / 2**10:.0f} KiB in memory", end="; ")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for rank, share in enumerate(shares):
             Journal(Path(folder) / f"attempt1-rank{rank}.energy.json").write(EnergyReport.of([share]))

@@ -7,6 +7,7 @@ import pytest
 
 from wattier import ledger
 from wattier.config import TelemetrySection
+from wattier.console import running_table
 from wattier.ledger import ledger_info
 from wattier.metering import metered
 from wattier.rundir import append_json_line
@@ -104,3 +105,18 @@ def test_a_journal_that_is_written_seldom_has_reserved_until_the_next_time(tmp_p
 def test_journal_seconds_must_be_a_time(tmp_path, bad):
     with pytest.raises(ValueError, match="journal_seconds"):
         telemetry(tmp_path, journal_seconds=bad)
+
+
+def test_the_live_table_looks_once_into_a_trial_that_has_ended(empty_run, monkeypatch):
+    for name in ("a", "b", "c"):
+        folder = empty_run.trial_folder("deep", name)
+        folder.mkdir(parents=True)
+        (folder / "trial.json").write_text("{}")
+    ended_folder, ended = empty_run.trial_folder("deep", "b"), set()
+    (ended_folder / "result.json").write_text("{}")
+    assert running_table(empty_run.path, ended).row_count == 2
+    asked, exists = [], Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: asked.append(path.parent) or exists(path))
+    assert running_table(empty_run.path, ended).row_count == 2
+    assert ended == {ended_folder}
+    assert ended_folder not in asked
