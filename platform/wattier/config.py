@@ -210,6 +210,8 @@ class ResourcesSection(Section):
 class TelemetrySection(Section):
     """Where joules come from: auto, nvml, amd, rapl, cray, estimated, or replay:FILE; stated = your own trial says.
 
+    journal_seconds: between two writes of a rank's energy journal, null = at every reading; with thousands of ranks on
+    one shared file system some seconds. A killed rank is billed up to so many seconds too much (docs/scale.md).
     throttled_share: a trial whose devices were throttled for a larger share of its time is flagged in its record,
     since its joules and seconds are not comparable. exporter: serve Prometheus metrics on every node that runs trials,
     for as long as the command lasts. exporter_port: 0 = any free one. exporter_address: 0.0.0.0 = all networks of a
@@ -219,6 +221,7 @@ class TelemetrySection(Section):
     source: PathText = "auto"
     rated_watts_per_core: PositiveFloat | None = None
     interval_seconds: PositiveFloat = 0.05
+    journal_seconds: PositiveFloat | None = None
     throttled_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     exporter: bool = False
     exporter_address: str = "127.0.0.1"

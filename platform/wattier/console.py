@@ -55,6 +55,7 @@ class RunConsole:
         self._started = time.monotonic()
         self._live: Live | None = None
         self._status = Text()
+        self._ended: set[Path] = set()
         self._plain = _Seldom(self.say)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -110,7 +111,7 @@ class RunConsole:
     def _refresh(self) -> None:
         while not self._stop.wait(LIVE_REFRESH_SECONDS):
             if self._live is not None:
-                self._live.update(Group(running_table(self.run.path), self._status), refresh=True)
+                self._live.update(Group(running_table(self.run.path, self._ended), self._status), refresh=True)
 
 
 class IngestConsole:
@@ -171,13 +172,20 @@ def make_console(*, quiet: bool = False) -> Console:
     return console if console.is_terminal else Console(highlight=False, quiet=quiet, width=PLAIN_WIDTH)
 
 
-def running_table(path: Path) -> Table:
-    """The trials that have a folder but no result yet, with their last epoch."""
+def running_table(path: Path, ended: set[Path] | None = None) -> Table:
+    """The trials that have a folder but no result yet, with their last epoch.
+
+    ended: folders that have one, kept from one call to the next: thousands need not be looked into each second.
+    """
+    ended = set() if ended is None else ended
     table = Table(box=None, padding=(0, 2))
     for name in ("running", "epoch", "val loss", "energy so far"):
         table.add_column(name, justify="left" if name == "running" else "right")
     for folder in sorted((path / "trials").glob("*/*")):
-        if (folder / "result.json").exists() or not (folder / "trial.json").exists():
+        if folder in ended or not (folder / "trial.json").exists():
+            continue
+        if (folder / "result.json").exists():
+            ended.add(folder)
             continue
         lines = read_json_lines(folder / "epochs.jsonl")
         last: dict[str, Any] = lines[-1] if lines else {}

@@ -14,7 +14,8 @@ from wattier_telemetry import EnergyReport, bill
 from wattier_telemetry.records import METHODS
 
 FULL_PHASE = "full training"
-STATUSES = ("complete", "pruned", "failed", "interrupted")
+ENDED_BY_ITSELF = ("complete", "pruned")
+STATUSES = (*ENDED_BY_ITSELF, "failed", "interrupted")
 
 
 class StatusEnergy(NamedTuple):
@@ -81,10 +82,15 @@ def trial_folders(run: RunDir) -> list[tuple[str, str]]:
 
 
 def _trial_bills(run: RunDir) -> dict[tuple[str, str], EnergyReport]:
-    """What each trial owes; where its folder is gone, what its record says."""
-    bills = {(t.fidelity.stage, t.trial_id): t.energy for t in run.trials()}
-    bills |= {key: bill(run.trial_folder(*key)) for key in trial_folders(run)}
-    return bills
+    """What each trial owes: by its record where that is its last word, else by its journals, if its folder is there.
+
+    A trial that ended by itself wrote its result when all of its ranks had closed their meters, so its record is the
+    sum of its journals, of which there may be thousands. A failed one may have had ranks that went on for a while.
+    """
+    records = {(t.fidelity.stage, t.trial_id): t for t in run.trials()}
+    ended = {key for key, trial in records.items() if trial.status in ENDED_BY_ITSELF}
+    bills = {key: trial.energy for key, trial in records.items()}
+    return bills | {key: bill(run.trial_folder(*key)) for key in trial_folders(run) if key not in ended}
 
 
 def stages_in_order(run: RunDir, seen: set[str]) -> list[str]:

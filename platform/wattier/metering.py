@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -29,14 +30,16 @@ def metered(  # noqa: PLR0913  (most are keywords)
     source = _open_source(telemetry, on_gpu=on_gpu)
     if counted_by_parent and all(device.method == "estimated" for device in source.devices()):
         source = _NoDevices()
-    attempt = 1 + len(list(folder.glob(f"*{name}.energy.json")))
-    journal = folder / f"attempt{attempt}-{name}.energy.json"
+    # Asked for by name: a list of the folder, by each of the thousands of processes that meter in it, takes its square.
+    names = (folder / f"attempt{attempt}-{name}.energy.json" for attempt in count(1))
+    journal = next(path for path in names if not path.exists())
     try:
         with EnergyMeter(
             source,
             journal=journal,
             fraction=fraction,
             interval_seconds=telemetry.interval_seconds,
+            journal_seconds=telemetry.journal_seconds,
             synchronize=_wait_for_cuda if on_gpu else None,
         ) as meter:
             yield meter, source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,15 +27,17 @@ def non_dominated_ranks(points: ArrayLike) -> NDArray[np.int64]:
     Raises:
         ValueError: a number is not finite, or the shape is not [n, 2].
     """
-    values = _checked(points)
-    ranks = np.zeros(len(values), dtype=np.int64)
-    left = np.arange(len(values))
-    rank = 0
-    while len(left):
-        on_front = _on_front(values[left])
-        ranks[left[on_front]] = rank
-        left, rank = left[~on_front], rank + 1
-    return ranks
+    values = _checked(points) + 0.0  # -0.0 and 0.0 are one number
+    distinct, place = np.unique(values, axis=0, return_inverse=True)
+    # Sorted by the first objective, a point is dominated by a front if the lowest second objective of that front so
+    # far is not above its own; these lowest values rise from front to front, so the first that lets it in is bisected.
+    lowest: list[float] = []
+    ranks = np.empty(len(distinct), dtype=np.int64)
+    for index, second in enumerate(distinct[:, 1].tolist()):
+        rank = bisect_right(lowest, second)
+        lowest[rank : rank + 1] = [second]
+        ranks[index] = rank
+    return ranks[place.reshape(-1)]
 
 
 def hypervolume(points: ArrayLike, reference_point: Sequence[float]) -> float:
@@ -66,22 +69,27 @@ def hypervolume_contributions(points: ArrayLike, reference_point: Sequence[float
         ValueError: a number is not finite, or a shape is wrong.
     """
     values, corner = _checked(points), _checked([reference_point])[0]
-    total = _area(values, corner)
-    losses = [total - _area(np.delete(values, i, axis=0), corner) for i in range(len(values))]
-    return np.maximum(np.array(losses, dtype=np.float64), 0.0)  # rounding must not make a loss negative
-
-
-def _on_front(values: Points) -> NDArray[np.bool_]:
-    """Whether no other point is at least as good in both and better in one; a sweep along the first objective."""
-    order = np.lexsort((values[:, 1], values[:, 0]))
-    ordered = values[order]
-    best_before = np.concatenate(([np.inf], np.minimum.accumulate(ordered[:, 1])[:-1]))
-    fresh = ordered[:, 1] < best_before
-    # A duplicate of a front point follows it in the order: it belongs to the front as well.
-    last_fresh = np.maximum.accumulate(np.where(fresh, np.arange(len(ordered)), 0))
-    on_front = np.empty(len(values), dtype=np.bool_)
-    on_front[order] = (ordered == ordered[last_fresh]).all(axis=1)
-    return on_front
+    losses = np.zeros(len(values))
+    order = np.flatnonzero((values < corner).all(axis=1))
+    order = order[np.lexsort((values[order, 1], values[order, 0]))]
+    inside = values[order]
+    if not len(inside):
+        return losses
+    lowest = np.minimum.accumulate(inside[:, 1])
+    front = np.flatnonzero(np.concatenate(([True], inside[1:, 1] < lowest[:-1])))
+    # A point of the front rules alone in the box up to its neighbours, less what points behind it cover of that box.
+    right = np.concatenate((inside[front[1:], 0], corner[:1]))
+    top = np.concatenate((corner[1:], inside[front[:-1], 1]))
+    losses[order[front]] = (right - inside[front, 0]) * (top - inside[front, 1])
+    behind = np.setdiff1d(np.arange(len(inside)), front)
+    box = np.searchsorted(front, behind) - 1  # in the order of the sweep a box's points follow its own
+    in_box = inside[behind, 1] < top[box]
+    boxes, starts = np.unique(box[in_box], return_index=True)
+    for index, covering in zip(boxes, np.split(behind[in_box], starts)[1:], strict=True):
+        covered = _area(inside[covering], np.array([right[index], top[index]]))
+        own = order[front[index]]
+        losses[own] = max(losses[own] - covered, 0.0)  # rounding must not make a loss negative
+    return losses
 
 
 def _area(values: Points, corner: Points) -> float:

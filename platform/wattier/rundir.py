@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 from wattier.config import RunConfig, load_config
 from wattier.errors import UserError
+from wattier.json_lines import GrowingLines, append_json_line, read_json_lines
 from wattier.records import EpochRecord, Selection, TrialResult
 
 FULL_STAGE = "full"
 START_UP_PHASE = "start-up"  # what processes do once, before their first trial
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a submitted job
 T = TypeVar("T")
+__all__ = [
+    "FULL_STAGE",
+    "RAY_JOB_VARIABLE",
+    "START_UP_PHASE",
+    "RunDir",
+    "append_json_line",
+    "decode",
+    "hold_lock",
+    "read_json",
+    "read_json_lines",
+    "sweep_temporary_files",
+    "write_json",
+    "write_text",
+]
 _MAY_CHANGE = {
     "search": ("budget", "max_concurrent", "storage"),
     "full_training": ("budget",),
     "resources": ("address", "retries"),
 }
-
-log = logging.getLogger(__name__)
 
 
 class RunDir:
@@ -51,6 +61,7 @@ class RunDir:
         self.release_path = self.path / "release"
         self.store_path = self.path / "data" / "store"
         self.store_manifest_path = self.store_path / "manifest.json"  # there when the store is finished
+        self._rows = _TrialRows(self.trials_path)
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
@@ -114,12 +125,8 @@ class RunDir:
         return self.path / "phases" / phase
 
     def trials(self, stage: str | None = None) -> list[TrialResult]:
-        """All finished trials, in order of finishing; of one id the last row counts."""
-        rows: dict[tuple[str, str], TrialResult] = {}
-        for data in read_json_lines(self.trials_path):
-            result = decode(self.trials_path, TrialResult.from_dict, data)
-            rows[result.fidelity.stage, result.trial_id] = result
-        return [row for row in rows.values() if stage in (None, row.fidelity.stage)]
+        """All finished trials, in order of finishing; of one id the last row counts. A row is parsed once."""
+        return self._rows.read(stage)
 
     def epochs(self, stage: str, trial_id: str) -> list[EpochRecord]:
         """A trial's epochs; of one epoch reported by two attempts the last counts."""
@@ -156,6 +163,40 @@ class RunDir:
             for folder in (self.path, self.store_path.parent):
                 sweep_temporary_files(folder)
             yield
+
+
+class _TrialRows:
+    """The rows of ``trials.jsonl``, kept, so that a driver that looks after each trial parses each row once."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = GrowingLines(path)
+        self._by_stage: dict[str | None, dict[tuple[str, str], TrialResult]] = {}  # None = all stages
+
+    def read(self, stage: str | None) -> list[TrialResult]:
+        try:
+            news = self._lines.read()
+            if news.anew:
+                self._by_stage = {}
+            for row in map(self._decoded, news.records):
+                self._put(self._by_stage, row)
+            if not news.unended:
+                return list(self._by_stage.get(stage, {}).values())
+            # A last line without its end is told again by the next reading, perhaps as another one.
+            with_it = {name: dict(rows) for name, rows in self._by_stage.items()}
+            for row in map(self._decoded, news.unended):
+                self._put(with_it, row)
+            return list(with_it.get(stage, {}).values())
+        except UserError:
+            self._lines.forget()
+            raise
+
+    def _decoded(self, data: Any) -> TrialResult:
+        return decode(self._lines.path, TrialResult.from_dict, data)
+
+    @staticmethod
+    def _put(by_stage: dict[str | None, dict[tuple[str, str], TrialResult]], row: TrialResult) -> None:
+        for name in (None, row.fidelity.stage):
+            by_stage.setdefault(name, {})[row.fidelity.stage, row.trial_id] = row
 
 
 @contextmanager
@@ -230,53 +271,6 @@ def _checked_evaluation(data: Any) -> dict[str, Any]:
     if not all(member["trial_id"] for member in evaluation["members"]):
         raise ValueError("a member without a trial_id")
     return evaluation
-
-
-def append_json_line(path: Path, data: Any) -> None:
-    """Append one record in one write, after closing a line that a crash tore."""
-    line = json.dumps(data, allow_nan=False) + "\n"
-    with path.open("a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """All whole records; a line torn by a crash is left out with a warning, damage elsewhere is an error.
-
-    Raises:
-        UserError: a line that something follows is no JSON and no torn record.
-    """
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if _is_torn(line):
-                _warn_of_torn_line(path, number)
-                continue
-            raise UserError(f"{path}: line {number} is no JSON record ({error}). Remove that line.") from error
-    return records
-
-
-def _is_torn(line: bytes) -> bool:
-    """Whether a record was begun and never ended: its writer died in the middle and wrote it again later."""
-    outside_strings = re.sub(rb'"(?:[^"\\]|\\.)*(?:"|\\?$)', b"", line)
-    return line.startswith(b"{") and outside_strings.count(b"{") > outside_strings.count(b"}")
-
-
-@cache
-def _warn_of_torn_line(path: Path, number: int) -> None:
-    """Once, however often the file is read."""
-    log.warning("%s: line %d was torn by a crash and is left out", path, number)
 
 
 def _is_same(path: Path, config: RunConfig) -> bool:

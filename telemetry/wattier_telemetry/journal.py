@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from wattier_telemetry.records import EnergyReport
+from wattier_telemetry.records import EnergyReport, Share
 
 SUFFIX = ".energy.json"
 # A write inside one page is not torn by SIGKILL: the kernel looks for a fatal signal only between pages.
@@ -102,13 +102,17 @@ def read_journal(path: Path) -> EnergyReport:
 
 def bill(folder: Path) -> EnergyReport:
     """Add up every ``*.energy.json`` in a folder; a missing folder owes nothing, a corrupt file becomes a warning."""
-    total = EnergyReport.empty()
+    shares: list[Share] = []
+    warnings: list[str] = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
-            total += read_journal(path)
+            report = read_journal(path)
         except ValueError as error:
-            total += EnergyReport.of((), [str(error)])
-    return total
+            warnings.append(str(error))
+        else:
+            shares.extend(report.shares)
+            warnings.extend(report.warnings)
+    return EnergyReport.of(shares, warnings)  # in one go: a sum after each of a thousand ranks takes quadratic time
 
 
 def _claim(path: Path) -> Path:

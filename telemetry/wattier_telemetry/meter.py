@@ -54,13 +54,15 @@ class EnergyMeter:
             device takes its place where it tells: then the share is this process's (and its children's) part of
             their utilization. An estimated device counts only this process, so its joules are never scaled.
         interval_seconds: Time between two readings, s; each is up to a fifth shorter or longer.
+        journal_seconds: Time between two writes of the journal, s; None = at every reading. The reservation lasts so
+            much longer, so that a process that is killed is billed up to so many seconds of its power too much.
         synchronize: Called at both edges before the reading, to wait for work that was only queued, such as
             ``torch.cuda.synchronize``.
         clock: Wall clock for the edges of shares, seconds since 1970.
         monotonic: Clock for durations, s.
 
     Raises:
-        ValueError: If fraction or interval are out of range, or the journal's name is wrong.
+        ValueError: If the fraction, or one of the intervals, is out of range, or the journal's name is wrong.
     """
 
     def __init__(  # noqa: PLR0913  (two of them are clocks, for tests)
@@ -70,6 +72,7 @@ class EnergyMeter:
         journal: Path | None = None,
         fraction: float = 1.0,
         interval_seconds: float = 0.05,
+        journal_seconds: float | None = None,
         synchronize: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -78,8 +81,11 @@ class EnergyMeter:
             raise ValueError(f"fraction is {fraction}, but must be above 0 and at most 1")
         if not 0 < interval_seconds < float("inf"):
             raise ValueError(f"interval_seconds is {interval_seconds}, but must be above 0")
+        if journal_seconds is not None and not 0 < journal_seconds < float("inf"):
+            raise ValueError(f"journal_seconds is {journal_seconds}, but must be above 0")
         self._source = source
         self._interval_seconds = interval_seconds
+        self._journal_seconds = max(interval_seconds, journal_seconds or 0.0)
         self._clock, self._monotonic = clock, monotonic
         longest_gap = max(1.0, _LONGEST_GAP_INTERVALS * interval_seconds)
         self._accounts = [
@@ -194,7 +200,8 @@ class EnergyMeter:
                     return
             try:
                 now = self._monotonic()
-                self._sample(now, journal=now - self._journaled_at >= self._interval_seconds / 2)
+                due = self._journaled_at + self._journal_seconds - self._interval_seconds / 2
+                self._sample(now, journal=now >= due)
                 fast = any(account.wants_fast_readings for account in self._accounts)
             finally:
                 self._lock.release()
@@ -251,7 +258,8 @@ class EnergyMeter:
 
     def _horizon_seconds(self) -> float:
         """Return how long the journal must last: a thread starved once will be starved again."""
-        return _RESERVED_INTERVALS * max(self._interval_seconds, *self._gaps, 0.0)
+        stalled = _RESERVED_INTERVALS * max(self._interval_seconds, *self._gaps, 0.0)
+        return self._journal_seconds - self._interval_seconds + stalled
 
     def _build(self, seconds: float, *, reserved_seconds: float = 0.0) -> EnergyReport:
         shares = [

@@ -1,5 +1,6 @@
 """Fronts and hypervolume: closed forms, properties, and Optuna's own code as a second opinion."""
 
+import moocore
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -126,7 +127,36 @@ def test_a_dominated_point_among_many_contributes_exactly_nothing():
     assert (contributions[non_dominated_ranks(values) > 0] == 0).all()
 
 
-def test_a_thousand_points_are_quick():
-    values = np.random.default_rng(0).random((1000, 2))
-    assert non_dominated_ranks(values).max() > 5
-    assert hypervolume_contributions(values, (1.1, 1.1)).sum() > 0
+@given(point_lists)
+@settings(max_examples=300, deadline=None)
+def test_ranks_volume_and_contributions_agree_with_moocore(points):
+    values = np.array(points)
+    assert (non_dominated_ranks(values) == moocore.pareto_rank(values)).all()
+    assert hypervolume(values, CORNER) == pytest.approx(moocore.hypervolume(values, ref=CORNER), rel=1e-12, abs=1e-12)
+    expected = moocore.hv_contributions(values, ref=CORNER, ignore_dominated=False)
+    assert hypervolume_contributions(values, CORNER) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_a_duplicate_takes_the_contribution_and_leaves_those_of_its_neighbours():
+    front = [(1, 3), (2, 2), (3, 1)]
+    assert hypervolume_contributions(front, (4, 4)).tolist() == [1, 1, 1]
+    assert hypervolume_contributions([*front, (2, 2)], (4, 4)).tolist() == [1, 0, 1, 0]
+    # On a line with a point of the front: (2, 3) is behind (2, 2) alone only in the part that (1, 3) leaves.
+    assert hypervolume_contributions([*front, (2, 2.5)], (4, 4)).tolist() == [1, 0.5, 1, 0]
+    assert hypervolume_contributions([*front, (2, 3)], (4, 4)).tolist() == [1, 1, 1, 0]
+
+
+def test_a_point_on_or_beyond_the_corner_contributes_nothing():
+    assert hypervolume_contributions([(1, 1), (4, 0), (0, 4), (5, -1)], (4, 4)).tolist() == [9, 0, 0, 0]
+    assert hypervolume_contributions([(4, 4)], (4, 4)).tolist() == [0]
+
+
+def test_five_thousand_points_of_one_front_or_as_many_fronts():
+    x = np.sort(np.random.default_rng(0).random(5000))
+    front = np.column_stack([x, 1 - x])
+    assert (non_dominated_ranks(front) == 0).all()
+    expected = moocore.hv_contributions(front, ref=(1.1, 1.1))
+    assert hypervolume_contributions(front, (1.1, 1.1)) == pytest.approx(expected, rel=1e-9)
+    chain = np.column_stack([x, x])
+    assert (non_dominated_ranks(chain) == np.arange(5000)).all()
+    assert hypervolume_contributions(chain, (1.1, 1.1))[1:].max() == 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wattier import rundir
+from wattier import json_lines
 from wattier.errors import UserError
 from wattier.rundir import RunDir, append_json_line, hold_lock, read_json, read_json_lines, write_json, write_text
 
@@ -98,8 +98,8 @@ def test_json_that_is_no_record_is_refused(searched_run, line):
        cut=st.integers(1, 10_000))  # fmt: skip
 def test_any_record_cut_anywhere_is_known_as_torn(record, cut):
     line = json.dumps(record).encode()
-    assert rundir._is_torn(line[: cut % len(line) or 1])
-    assert not rundir._is_torn(line)
+    assert json_lines._is_torn(line[: cut % len(line) or 1])
+    assert not json_lines._is_torn(line)
 
 
 def test_the_last_row_of_a_trial_counts_and_so_does_the_last_line_of_an_epoch(searched_run):
