@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from wattier.console import RunConsole
     from wattier.rundir import RunDir
 
-EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_FAILED_TRIALS = 1, 2, 3
+FAILURES_SHOWN = 3
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,6 +61,7 @@ def run(target: Target) -> None:
             console.console.print("Nothing was left to do.")
         console.console.print(f"Release: {rundir.release_path}", markup=False)
         console.console.print(f"Report: {rundir.report_path}", markup=False)
+        _exit_of_failed_trials(rundir)
 
 
 @app.command()
@@ -74,6 +76,7 @@ def status(target: Target) -> None:
 def search(target: Target) -> None:
     """Prepare the data and run the stages of the search."""
     _step(target, lambda steps: steps.search)
+    _exit_of_failed_trials(_existing(target))
 
 
 @app.command()
@@ -118,6 +121,37 @@ def export(target: Target) -> None:
     rundir = _existing(target)
     with rundir.lock():
         typer.echo(export_release(rundir, rundir.config()))
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://head:8265.")],
+    working_dir: Annotated[
+        Path, typer.Option(help="What the job sees of this machine; the config must lie in it.", file_okay=False)
+    ] = Path(),
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait for its end, and end with its exit code.")
+    ] = True,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show its log while waiting.")] = True,
+) -> None:
+    """Run a config as a job of a Ray cluster; the token is that of RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."""
+    from wattier.submit import submit as hand_over
+
+    submitted = hand_over(config, address, working_dir)
+    typer.echo(f"Submitted as {submitted.job}. {submitted.how_to()}")
+    if not wait:
+        return
+    try:
+        if follow:
+            submitted.follow(lambda text: typer.echo(text, nl=False))
+        code = submitted.wait()
+    except KeyboardInterrupt:
+        typer.echo(f"The job goes on without us. {submitted.how_to()}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if code:
+        typer.echo(f"The job ended with exit code {code}: {submitted.message()}", err=True)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -191,6 +225,19 @@ def _step(target: Path, step: Callable[[Any], Callable[..., Any]]) -> None:
 
         with steps.launcher_for(config) as launcher:
             step(steps)(rundir, config, launcher, console)
+
+
+def _exit_of_failed_trials(rundir: RunDir) -> None:
+    """End with a code of its own where a trial of the run has failed: the results are whole without it."""
+    failed = [row for row in rundir.trials() if row.status == "failed"]
+    if not failed:
+        return
+    shown = "; ".join(f"{row.trial_id} ({row.error})" for row in failed[:FAILURES_SHOWN])
+    more = f"; and {len(failed) - FAILURES_SHOWN} more" if len(failed) > FAILURES_SHOWN else ""
+    where = rundir.trial_folder(failed[0].fidelity.stage, failed[0].trial_id) / "error.txt"
+    noun = "trial" if len(failed) == 1 else "trials"
+    typer.echo(f"{len(failed)} {noun} failed: {shown}{more}. See error.txt in each one's folder, as {where}", err=True)
+    raise typer.Exit(EXIT_FAILED_TRIALS)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class TrialFailedError(Exception):
 
 def reason_of(error: BaseException) -> str:
     """Type and message of an exception in one line, which says so where it is about memory."""
-    name, message = type(error).__name__, " ".join(str(error).split())
+    name, message = type(error).__name__, " ".join(shortened(str(error), 2 * LONGEST_REASON).split())
     if isinstance(error, SystemExit):
         name, message = "SystemExit", f"the trial called sys.exit({message})"
     text = shortened(f"{name}: {message}" if message else name, LONGEST_REASON)
@@ -64,7 +64,7 @@ def reason_of_death(output: Path, message: str = "") -> str:
     """Why a process is gone that said nothing, as far as Ray's message and what it printed last can tell."""
     if "node" in message and ("its node has died" in message or "node was terminated" in message):
         return "its node was lost"
-    if "running low on memory" in message or "memory monitor" in message or "due to high memory" in message[:200]:
+    if "running low on memory" in message or "memory monitor" in message:
         return "out of memory: Ray's memory monitor killed its process"
     printed = _end_of(output)
     if OUT_OF_MEMORY_NOTE in printed:

@@ -6,11 +6,20 @@ import json
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from wattier.errors import UserError
 from wattier.launch import LATER, NOTHING_RUNS, OnResult, Policy, Stage
-from wattier.outcome import TrialFailedError, read_reason, reason_of, reason_of_death, write_reason
+from wattier.outcome import (
+    LONGEST_ERROR,
+    LONGEST_REASON,
+    TrialFailedError,
+    read_reason,
+    reason_of_death,
+    shortened,
+    write_reason,
+)
 from wattier.ray_cluster import Bundle, what_is_missing
 from wattier.records import EpochRecord, Proposal
 from wattier.stall import StallWatch
@@ -19,6 +28,8 @@ from wattier.trial_output import output_name
 log = logging.getLogger(__name__)
 RESULT_WAIT_SECONDS = 60.0  # a stopped trial unwinds, and a shared file system may show its result late
 PLACE_LOOK_SECONDS = 2.0
+# How Ray's exceptions begin to tell that a process is gone, and not that it raised something.
+DEATHS = ("ActorDiedError", "ActorUnavailableError", "OutOfMemoryError", "WorkerCrashedError", "The actor ")
 
 
 @dataclass
@@ -47,7 +58,7 @@ class Driver:
     def __post_init__(self) -> None:
         self.watch = StallWatch(self.stage.config.resources.stall_seconds)
 
-    def folder(self, tune_id: str) -> Any:
+    def folder(self, tune_id: str) -> Path:
         """Where a trial writes."""
         return self.stage.run.trial_folder(self.stage.fidelity.stage, self.started[tune_id].trial_id)
 
@@ -72,19 +83,16 @@ class Driver:
         self.unwinding[tune_id] = _Ended(reason, time.monotonic() + RESULT_WAIT_SECONDS)
         self.collect()
 
-    def failed(self, tune_id: str, error: Any) -> None:
-        """An attempt failed, whether another one follows or not."""
+    def failed(self, tune_id: str, message: str) -> None:
+        """An attempt failed, whether another one follows or not; `message` is Ray's."""
         self.watch.ended(tune_id)
         folder = self.folder(tune_id)
         if tune_id in self.reasons:  # it was killed for stalling
             return
-        said = _said(error)
-        if said is not None:
-            self.reasons[tune_id] = read_reason(folder) or said
-            return
-        reason = reason_of_death(folder / output_name(0), str(error))
-        self.reasons[tune_id] = reason
-        write_reason(folder, reason, str(error))
+        said = read_reason(folder) or _said(message)  # the trial removes what an earlier attempt said
+        self.reasons[tune_id] = said or reason_of_death(folder / output_name(0), message)
+        if not read_reason(folder):
+            write_reason(folder, self.reasons[tune_id], message)
 
     def begins(self, tune_id: str) -> None:
         """An attempt of a trial begins."""
@@ -146,14 +154,22 @@ class Driver:
             raise self.problem
 
 
-def _said(error: Any) -> str | None:
-    """What a trial's process said of its failure; None = it died without a word."""
-    import ray
+def _last_failure(path: Path) -> str:
+    """What Tune wrote down of a trial's last failure, which is the text of Ray's exception."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_ERROR))
+        return file.read().decode(errors="replace").rpartition("Failure # ")[2].strip()
 
-    if isinstance(error, ray.exceptions.RayTaskError):
-        cause = error.cause
-        return str(cause) if isinstance(cause, TrialFailedError) else reason_of(cause or error)
-    return None if error is None or isinstance(error, ray.exceptions.RayError) else reason_of(error)
+
+def _said(message: str) -> str | None:
+    """What a trial's process said of its failure; None = it died without a word."""
+    last = message.splitlines()[-1] if message else ""
+    if f"{TrialFailedError.__name__}: " in last:
+        return last.partition(f"{TrialFailedError.__name__}: ")[2]
+    is_death = not message or any(word in message for word in DEATHS)
+    return None if is_death else shortened(last, LONGEST_REASON)
 
 
 def searcher_of(driver: Driver) -> Any:
@@ -203,7 +219,7 @@ def scheduler_of(driver: Driver) -> Any:
             return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
 
         def on_trial_error(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
-            driver.failed(trial.trial_id, trial.get_error())
+            driver.failed(trial.trial_id, _last_failure(Path(trial.error_file)))
 
         def __reduce__(self) -> tuple[Any, ...]:
             return (FIFOScheduler, ())
