@@ -7,10 +7,10 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,19 +34,19 @@ from wattier_gnn.distributed import World
 NOTHING_RUNS = "the policy answered LATER while no trial runs, so that nothing would ever change: a bug in the policy"
 
 
-class Later(Enum):
+class NotNow(Enum):
     """The answer of a policy that has trials left and will not start one now."""
 
     LATER = "later"
 
 
-LATER = Later.LATER
+LATER = NotNow.LATER
 
 
 class Policy(Protocol):
     """What to try next, and whether to go on with it. One thread calls it."""
 
-    def propose(self) -> Proposal | Literal[Later.LATER] | None:
+    def propose(self) -> Proposal | NotNow | None:
         """The next trial to start, None when there is none left, or LATER.
 
         LATER means: nothing until a trial that runs now has ended. It is never the answer while none runs, since
@@ -109,8 +109,13 @@ class Stage:
     def recorded(self, path: Path) -> TrialResult:
         """What the ``result.json`` of a trial holds that was opened by an earlier process."""
         note = path.with_name("trial.json")
-        proposal = decode(note, lambda data: Proposal(data["trial_id"], data["params"]), read_json(note))
+        proposal = decode(note, _noted_proposal, read_json(note))
         return self.outcome(proposal, None)
+
+
+def _noted_proposal(note: Any) -> Proposal:
+    """The proposal that a ``trial.json`` holds, whichever fields that version noted."""
+    return Proposal(**{f.name: note[f.name] for f in fields(Proposal) if f.name in note})
 
 
 OnResult = Callable[[TrialResult], None]
@@ -145,8 +150,8 @@ class InlineLauncher:
         check_local_resources(stage)
         self._exporters.ensure(ExporterPlan.of(stage.run, stage.config.telemetry))
         while (proposal := policy.propose()) is not None:
-            if proposal is LATER:
-                raise RuntimeError(NOTHING_RUNS)
+            if isinstance(proposal, NotNow):
+                raise RuntimeError(NOTHING_RUNS)  # noqa: TRY004  (not its type is wrong, but its moment)
             spec = stage.open_trial(proposal)
             error = self._run_one(stage, spec, policy, run_trial)
             result = stage.outcome(proposal, error)

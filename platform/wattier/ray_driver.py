@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wattier.errors import UserError
-from wattier.launch import LATER, NOTHING_RUNS, OnResult, Policy, Stage
+from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage
 from wattier.outcome import (
     LONGEST_ERROR,
     LONGEST_REASON,
@@ -66,7 +66,7 @@ class Driver:
         """Tune's config of the next trial, an empty one for later, None when there is none left."""
         self.collect()
         proposal = self.policy.propose()
-        if proposal is LATER:
+        if isinstance(proposal, NotNow):
             if not self.started:
                 self.problem = RuntimeError(NOTHING_RUNS)
                 raise self.problem

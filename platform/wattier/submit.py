@@ -10,6 +10,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from wattier.config import RunConfig, load_config
 from wattier.errors import UserError
 
 PACKAGES = ("wattier", "wattier_gnn", "wattier_telemetry")
-# Never uploaded: what is large, what is another machine's, and what is nobody's business.
+# Never uploaded: what is large, what is another machine's, and what is nobody's business. As in a .gitignore: a name
+# matches in any folder, with a slash before it in the working directory alone (our sample's data must go along).
 EXCLUDES = (
-    ".git", ".venv", "venv", "runs", "data", "dist", "node_modules", "__pycache__", "*.pt", "*.h5", "*.safetensors",
-    ".env", ".netrc", ".pgpass", ".ssh", ".aws", ".ray-token*", "*token*.txt", "*.pem", "*.key",
+    ".git", ".venv", "/venv", "/runs", "/data", "/dist", "/build", "/*.h5", "*.pt", "*.safetensors", "__pycache__",
+    ".env", ".netrc", ".pgpass", ".ssh", ".aws", ".ray-token*", "*.pem", "*.key",
 )  # fmt: skip
 PASSWORD_IN_URL = re.compile(r"\w+://[^/\s:@'\"]*:[^/\s@'\"]+@")
 POLL_SECONDS = 2.0
@@ -127,8 +129,9 @@ def _refuse(config_path: Path, config: RunConfig, root: Path) -> str:
             "Move it there, or set --working-dir."
         )
     inside = config_path.resolve().relative_to(root)
-    if any(inside.match(pattern) or pattern in inside.parts for pattern in EXCLUDES):
-        raise UserError(f"{config_path}: lies in a folder that is not uploaded ({', '.join(EXCLUDES)}). Move it.")
+    pattern = next(filter(lambda text: _is_excluded(inside, text), EXCLUDES), None)
+    if pattern is not None:
+        raise UserError(f"{config_path}: is not uploaded, as nothing that matches {pattern!r} is. Move it.")
     if PASSWORD_IN_URL.search(config_path.read_text(encoding="utf-8")):
         raise UserError(
             f"{config_path}: holds a URL with a password, which whoever reaches the cluster could read. "
@@ -148,6 +151,11 @@ def _refuse(config_path: Path, config: RunConfig, root: Path) -> str:
                 "a copy of the working directory that is thrown away."
             )
     return str(inside)
+
+
+def _is_excluded(inside: Path, pattern: str) -> bool:
+    parts = inside.parts[:1] if pattern.startswith("/") else inside.parts
+    return any(fnmatch(part, pattern.removeprefix("/")) for part in parts)
 
 
 def _client(address: str) -> Any:

@@ -35,6 +35,7 @@ def output_name(rank: int) -> str:
 @contextlib.contextmanager
 def kept_output(path: Path) -> Iterator[None]:
     """Send file descriptors 1 and 2 of this process into a file that keeps their last `KEPT_BYTES`."""
+    _LINGERING[:] = [other for other in _LINGERING if other.poll() is None]
     keeper = subprocess.Popen([sys.executable, "-I", "-S", __file__, str(path)], stdin=subprocess.PIPE)
     if keeper.stdin is None:
         raise RuntimeError("the pipe of the output's keeper was not made")
@@ -52,8 +53,13 @@ def kept_output(path: Path) -> Iterator[None]:
         for target, descriptor in saved.items():
             os.dup2(descriptor, target)
             os.close(descriptor)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a grandchild may hold the pipe open, and print on
+        try:
             keeper.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:  # a grandchild holds the pipe open, and prints on
+            _LINGERING.append(keeper)
+
+
+_LINGERING: list[subprocess.Popen[bytes]] = []  # until they are found ended
 
 
 def _widen(descriptor: int) -> None:

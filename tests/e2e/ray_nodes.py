@@ -47,6 +47,7 @@ class RayNodes:
         self.token.touch(mode=0o600)
         self.token.write_text(secrets.token_hex(32))
         self.hidden.mkdir()
+        (self.folder / "ray").mkdir()  # where Ray notes the cluster's address, for this cluster's clients alone
         (self.hidden / "amdsmi.py").write_text("raise ImportError")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WATTIER_"))} | {
             "HOME": str(self.folder),
@@ -56,6 +57,7 @@ class RayNodes:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "RAY_TMPDIR": str(self.folder),
             "RAY_USAGE_STATS_ENABLED": "0",
             "WATTIER_REGISTRY": str(self.folder / "registry"),
             **self._extra,
@@ -93,6 +95,10 @@ class RayNodes:
                 process.kill()
         psutil.wait_procs(family, timeout=10)
 
+    def others(self) -> list[int]:
+        """Nodes that live, the head aside."""
+        return [index for index in range(1, len(self.raylets)) if index not in self._lost]
+
     def add_node(self, cpus: int) -> None:
         """Let another node join."""
         assert self._process.stdin is not None
@@ -104,10 +110,9 @@ class RayNodes:
         """Worker processes of a node that run something of ours, idle ones aside."""
         found = []
         for process in psutil.Process(self.raylets[index]).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                line = " ".join(process.cmdline())
-                if "ImplicitFunc" in line or "ray::Rank" in line:
-                    found.append(process)
+            line = _command(process)
+            if "ImplicitFunc" in line or "ray::Rank" in line:
+                found.append(process)
         return found
 
     def submit(
@@ -128,12 +133,21 @@ class RayNodes:
 
     def listening(self) -> list[Any]:
         """Sockets that processes of the cluster listen on."""
-        family = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
         found = []
-        for process in family:
+        for process in self._processes():
             with contextlib.suppress(psutil.Error):
                 found += [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         return found
+
+    def _processes(self) -> list[psutil.Process]:
+        """Every process of the cluster, also one whose parent is gone: all name our folder, or descend from one."""
+        found = [process for process in psutil.process_iter() if str(self.folder) in _command(process)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(self._process.pid))
+        for process in list(found):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += process.children(recursive=True)
+        return list({process.pid: process for process in found if process.pid != os.getpid()}.values())
 
     def _answer(self) -> dict[str, Any]:
         import selectors
@@ -146,17 +160,22 @@ class RayNodes:
         return json.loads(line)
 
     def _end(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(self._process.pid)
-            family = [*parent.children(recursive=True), parent]
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(family, timeout=10)
+        family = {process.pid: process for process in self._processes()}
+        for process in family.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(list(family.values()), timeout=10)
         self._process.wait(timeout=10)
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             pipe.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def is_loopback(text: str) -> bool:

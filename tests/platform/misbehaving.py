@@ -9,8 +9,11 @@ import threading
 import time
 
 import tabular
+import torch
 
+from wattier.records import EpochRecord
 from wattier.rundir import append_json_line
+from wattier_gnn.distributed import all_sum, from_rank_zero, process_group
 
 SHOUTED_BYTES = 1 << 30
 
@@ -150,6 +153,27 @@ def shouts(context):
         os.write(1, line)
     print("last words", file=sys.stderr)
     return behaves(context)
+
+
+def reduces(context):
+    """Two ranks that need each other in every epoch, as a real training does; the answer to a report reaches both."""
+    cpu = torch.device("cpu")
+    with process_group(context.world, cpu):
+        for epoch in range(1, context.spec.fidelity.epochs + 1):
+            assert all_sum(torch.ones(1)).item() == context.world.size
+            if context.world.rank == 1 and context.spec.proposal.params.get("rank_1_fails"):
+                raise ValueError("the other rank will wait for me")
+            answer = -1.0
+            try:
+                if context.world.rank == 0:
+                    answer = float(context.report(EpochRecord(epoch, 1.0, 1.0, {}, epoch, 1.0, 1e-3)))
+            finally:
+                answer = from_rank_zero(answer, cpu)
+            if answer < 0:
+                return None
+    if context.world.rank != 0:
+        return None
+    return tabular._result(context, EpochRecord(epoch, 1.0, 1.0, {}, epoch, 1.0, 1e-3), "complete", 1)
 
 
 def _with_rate(context):

@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parent))  # trials run in other processes, wh
 
 import misbehaving
 
+SECRET = "hunter2-in-the-environment"
 COMPLETE, PRUNED = "complete", "pruned"
 EXPECTED = {  # what a trial does -> its status, or the beginning of its reason
     "behaves": COMPLETE,
@@ -86,6 +87,11 @@ def folder_of(stage, row):
     return stage.run.trial_folder("only", row.trial_id)
 
 
+def scratch_folders():
+    """Those of this process's launchers."""
+    return {p for top in ("/tmp", tempfile.gettempdir()) for p in Path(top).glob(f"wattier-*-{os.getpid()}-*")}
+
+
 class OneAtATime(FixedPolicy):
     """A policy that starts nothing while a trial runs."""
 
@@ -113,12 +119,19 @@ class Stubborn(FixedPolicy):
         return super().propose() or LATER
 
 
+class StopsTheFirst(FixedPolicy):
+    def on_epoch(self, trial_id, record):
+        return trial_id != "only-000"
+
+
 class MisbehaviourContract:
     """What holds for every launcher."""
 
+    deeds = tuple(EXPECTED)
+
     def test_each_is_a_row_with_its_reason(self, launcher, stage_of):
         stage = stage_of()
-        rows = run_all(launcher, stage, EXPECTED)
+        rows = run_all(launcher, stage, self.deeds)
         for deed, row in rows.items():
             expected = EXPECTED[deed]
             if expected in {COMPLETE, PRUNED}:
@@ -135,6 +148,10 @@ class MisbehaviourContract:
         for row in rows.values():
             json.dumps(row.to_dict(), allow_nan=False)
         assert rows["leaves_nan"].energy_joules > 0
+        self.look_further(rows)
+
+    def look_further(self, rows):
+        """What is checked on top of it."""
 
     def test_a_policy_may_ask_to_wait(self, launcher, stage_of):
         policy = OneAtATime([Proposal(f"only-{i:03d}", {"do": "behaves"}) for i in range(4)])
@@ -156,6 +173,12 @@ class TestInline(MisbehaviourContract):
 
 
 class TestRay(MisbehaviourContract):
+    # A process for each one that fails: those whose garbage is read by the same code as inline are left out.
+    deeds = (
+        "behaves", "raises", "raises_a_novel", "raises_unpicklable", "lacks_memory", "exits", "returns_nonsense",
+        "reports_nonsense", "only_returns", "leaves_half_a_result", "leaves_nan",
+    )  # fmt: skip
+
     @pytest.fixture(scope="class")
     @classmethod
     def session(cls):
@@ -164,6 +187,8 @@ class TestRay(MisbehaviourContract):
                 patch.setenv(name, "")
                 patch.delenv(name)
             patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+            patch.setenv("PGPASSWORD", SECRET)
+            patch.setenv("WATTIER_TEST_STORAGE", f"postgresql://me:{SECRET}@db/optuna")
             from wattier.ray_backend import RayLauncher
 
             launcher = RayLauncher()
@@ -173,6 +198,28 @@ class TestRay(MisbehaviourContract):
     @pytest.fixture
     def launcher(self, session):
         return session
+
+    def test_no_secret_of_the_environment_is_in_any_file(self, launcher, stage_of):
+        stage, read = stage_of(), []
+
+        def look(_):  # while Tune's scratch folder is there
+            roots = [stage.run.path, *scratch_folders()]
+            files = [path for root in roots for path in root.rglob("*") if path.is_file() and not path.is_socket()]
+            read.extend(path for path in files if "tuner.pkl" in path.name or "experiment_state" in path.name)
+            holding = [path for path in files if SECRET.encode() in path.read_bytes()]
+            assert not holding
+
+        proposals = [Proposal(f"only-{i:03d}", {"do": "behaves"}) for i in range(2)]
+        launcher.run(stage, FixedPolicy(proposals), misbehaving.run, look)
+        assert read, "Tune has left pickles to look into"
+
+    def test_ranks_that_were_stopped_or_left_alone_do_not_spoil_the_next(self, launcher, stage_of):
+        heard = {}
+        deeds = [{"do": "reduces"}, {"do": "reduces"}, {"do": "reduces", "rank_1_fails": True}, {"do": "reduces"}]
+        policy = StopsTheFirst([Proposal(f"only-{i:03d}", deed) for i, deed in enumerate(deeds)])
+        launcher.run(stage_of(ranks=2), policy, misbehaving.run, lambda row: heard.update({row.trial_id: row}))
+        assert [heard[f"only-{i:03d}"].status for i in (1, 2, 3)] == [COMPLETE, "failed", COMPLETE], heard
+        assert heard["only-002"].error == "rank 1: ValueError: the other rank will wait for me"
 
     def test_a_process_that_is_gone_is_a_row_with_its_reason(self, launcher, stage_of):
         rows = run_all(launcher, stage_of(), ["kills_itself", "crashes", "behaves"])
@@ -214,10 +261,7 @@ class TestRay(MisbehaviourContract):
         assert printed.endswith(b"la \nlast words\n")
         assert sum(path.stat().st_size for path in folder.iterdir()) < 1.1 * KEPT_BYTES
         assert grown < misbehaving.SHOUTED_BYTES / 10
-        roots = {
-            root for top in ("/tmp", tempfile.gettempdir()) for root in Path(top).glob(f"wattier-ray-{os.getpid()}-*")
-        }
-        logs = [path for root in roots for path in root.rglob("logs/*")]
+        logs = [path for root in scratch_folders() for path in root.rglob("logs/*")]
         assert logs
         assert sum(p.stat().st_size for p in logs if p.is_file()) < misbehaving.SHOUTED_BYTES / 10
 
