@@ -28,6 +28,7 @@ EXCLUDES = (
 PASSWORD_IN_URL = re.compile(r"\w+://[^/\s:@'\"]*:[^/\s@'\"]+@")
 POLL_SECONDS = 2.0
 EXIT_FAILURE = 1
+START_SECONDS = 30.0  # in which a new cluster may not take jobs yet
 LOST_SECONDS = 60.0  # of a cluster that answers no more
 
 
@@ -105,7 +106,8 @@ def submit(config_path: Path, address: str, working_dir: Path) -> Submitted:
     with tempfile.TemporaryDirectory() as folder, broken_amdsmi.hidden(Path(folder) / "hidden"):
         client = _client(address)
         try:
-            job = client.submit_job(
+            job = _handed_over(
+                client,
                 entrypoint=entrypoint,
                 runtime_env={"working_dir": str(root), "py_modules": packages(), "excludes": list(EXCLUDES)},
                 metadata={"wattier_run": config.name},
@@ -113,6 +115,18 @@ def submit(config_path: Path, address: str, working_dir: Path) -> Submitted:
         except Exception as error:
             raise UserError(f"{address}: the cluster does not take the job: {_one_line(error)}") from error
         return Submitted(client, job, address)
+
+
+def _handed_over(client: Any, **job: Any) -> str:
+    """The id of a job that was accepted; a cluster that has only just started is asked again."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def packages() -> list[str]:

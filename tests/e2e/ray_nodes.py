@@ -23,7 +23,7 @@ import psutil
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
-START_SECONDS = 90
+START_SECONDS = 120
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 1000,
@@ -191,23 +191,32 @@ def serve(folder: Path, cpus: list[int]) -> None:
     os.dup2(2, 1)  # what Ray prints is no answer
     from ray.cluster_utils import Cluster
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    def free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    port, agent_port = free_port(), free_port()
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
     cluster = Cluster(shutdown_at_exit=False)
     raylets = []
 
     def add(count: int, **more: Any) -> None:
-        node = cluster.add_node(num_cpus=count, **common, **more)
+        # A folder each: on machines of their own, nodes do not clear away each other's copies of a working directory.
+        node = cluster.add_node(num_cpus=count, temp_dir=str(folder / f"r{len(raylets)}"), **common, **more)
         raylets.append(node.all_processes["raylet"][0].process.pid)
 
     add(
-        cpus[0], include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port, temp_dir=str(folder / "r"),
-        _system_config=QUICK_HEALTH_CHECKS,
+        cpus[0], include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
+        dashboard_agent_listen_port=agent_port, _system_config=QUICK_HEALTH_CHECKS,
     )  # fmt: skip
     for count in cpus[1:]:
         add(count)
+    for _ in range(START_SECONDS * 10):  # jobs are handed to the head's agent, which comes up last
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", agent_port)) == 0:
+                break
+        time.sleep(0.1)
     while True:
         answer = {"address": cluster.address, "dashboard": f"http://127.0.0.1:{port}", "raylets": raylets}
         os.write(said, (json.dumps(answer) + "\n").encode())

@@ -88,11 +88,11 @@ def _wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> bool:
 
 def _work_would_be_lost(nodes: RayNodes, run: RunDir) -> bool:
     """Node 1 runs trials, and every trial that runs has finished an epoch and saved it."""
-    opened = [path for path in run.path.glob("trials/*/*") if not (path / "result.json").exists()]
-    if not opened or not all((path / "last.pt").exists() for path in opened):
+    running = [path.parent for path in run.path.glob("trials/*/*/attempt1-rank0.energy.json")]
+    running = [path for path in running if not (path / "result.json").exists()]
+    if not running or not all((path / "last.pt").exists() for path in running):
         return False
-    busy = [process for process in nodes.workers(1) if "train" in _title(process)]
-    return bool(busy)
+    return any("train" in _title(process) for process in nodes.workers(1))
 
 
 def _title(process: psutil.Process) -> str:
