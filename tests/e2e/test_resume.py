@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from observed import observed_seconds
-from workplace import Workplace, ray_processes
+from workplace import TIMEOUT_SECONDS, Workplace, ray_processes
 
 from wattier.ledger import ledger_info
 from wattier.rundir import RunDir
@@ -58,6 +61,53 @@ def test_killed_and_run_again(tiny: Workplace, moment) -> None:
         assert len(list(folder.glob("*rank0.energy.json"))) == row["attempts"] == 1, f"{key} was run again"
     assert_ledger_is_true(tiny)
     assert_no_ray_left()
+
+
+def test_a_worker_that_is_killed_is_tried_again_from_its_checkpoint(tiny: Workplace) -> None:
+    process = tiny.start("run", "config.yaml", witnessed=True)
+    wait_for(process, lambda: kill_in_full_training(tiny))
+    (worker, *_) = [child for child in children(process) if "ImplicitFunc.train" in " ".join(child.cmdline())]
+    worker.kill()
+    out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+
+    assert process.returncode == 0, out + err
+    assert_undisturbed_outcome(tiny)
+    attempts = {row["trial_id"]: row["attempts"] for row in tiny.rows() if row["fidelity"]["stage"] == "full"}
+    assert sorted(attempts.values()) == [1, 2]
+    retried = max(attempts, key=lambda trial_id: attempts[trial_id])
+    lines = (tiny.run_dir / "trials" / "full" / retried / "epochs.jsonl").read_text().splitlines()
+    assert len(lines) <= 61, "only the epoch that was not saved is trained again"
+    assert_ledger_is_true(tiny)
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_ray_itself_is_killed(tiny: Workplace, victim: str) -> None:
+    tiny.environment |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # Ray's own patience is a minute
+    process = tiny.start("run", "config.yaml", witnessed=True)
+    wait_for(process, lambda: kill_in_search(tiny))
+    next(child for child in children(process) if child.name() == victim).kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+
+    tiny.environment.clear()
+    again = tiny.wattier("run", "config.yaml", witnessed=True)
+
+    assert again.returncode == 0, again.stderr
+    assert_undisturbed_outcome(tiny)
+    assert_ledger_is_true(tiny)
+    assert_no_ray_left()
+
+
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_undisturbed_run_resumes_to_nothing(tiny: Workplace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,13 @@ SMALL = {
     "select": {"accurate": 1, "balanced": 0},
     "full_training": {"epochs": 3},
 }  # fmt: skip
+ONE_TRIAL = {
+    "search": {
+        "space": {"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}},
+        "stages": [{"name": "only", "trials": 1, "structures": 100, "epochs": 1, "reduction_factor": None}],
+    },
+    "full_training": {"epochs": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,65 @@ def test_ranks_lie_together_and_more_than_is_free_waits(nodes, start):
     assert Counter(line.split()[1] for line in out.splitlines()) == {"complete": 5}
     used = [{path.read_text() for path in folder.glob("node-of-rank*")} for folder in run.path.glob("trials/only/*")]
     assert [len(ids) for ids in used] == [1] * 5, "the two ranks of a trial fit on one node"
+
+
+@pytest.fixture
+def submit(nodes, tmp_path):
+    """`wattier submit` of SMALL with some changes, from a folder of its own; the process."""
+    started = []
+
+    def begin(changes, *options, **environment):
+        write_config(SMALL | ONE_TRIAL | changes, tmp_path)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "wattier", "submit", "config.yaml", "--address", nodes.dashboard, *options],
+            cwd=tmp_path, env=nodes.client_environment(**environment), text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_submit_shows_the_log_and_ends_with_the_code_of_the_run(submit, tmp_path):
+    process = submit({"data": {"sources": {"qm7x": str(tmp_path / "nowhere")}}})
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 2, out + err
+    assert out.startswith("Submitted as raysubmit_")
+    assert f"{tmp_path / 'nowhere'}" in out
+    assert "The job ended with exit code 2" in err
+
+
+def test_submit_with_another_token_is_refused_in_one_line(submit, tmp_path):
+    (tmp_path / "token").write_text("0" * 64)
+    process = submit({}, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    (line,) = err.splitlines()
+    assert "the cluster asks for another token" in line
+
+
+def test_a_submitted_run_goes_on_when_its_submitter_is_interrupted(submit, tmp_path):
+    process = submit({})
+    assert process.stdout.readline().startswith("Submitted as raysubmit_")
+    run = RunDir(tmp_path / "run")
+    wait_until(run.trials_path.parent.exists)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, out + err
+    assert "The job goes on without us. Follow it: ray job logs --follow --address" in err
+    wait_until(run.report_path.exists)
+    assert [row.status for row in run.trials()] == ["complete"] * 2
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_lost_node_costs_only_what_was_not_saved(nodes, tmp_path):

@@ -29,7 +29,7 @@ from wattier.rundir import RunDir, read_json_lines
 
 HERE = Path(__file__).parent
 WATTS = 100.0
-LONGEST_SECONDS = 1500
+LONGEST_SECONDS = 3600
 
 
 @dataclass
