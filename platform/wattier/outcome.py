@@ -22,6 +22,7 @@ LONGEST_ERROR = 64 * 1024  # characters of an error.txt
 LONGEST_RESULT = 16 * 1024 * 1024  # bytes of a result.json
 DIVERGED = "the validation loss is not finite"
 NO_MEMORY = re.compile(r"out of memory|can.t allocate memory|cannot allocate memory|unable to allocate", re.IGNORECASE)
+RAY_MEMORY = "how to address the out of memory issue"  # in what Ray says when its memory monitor killed a process
 STATUSES = ("complete", "pruned", "failed", "interrupted")
 
 
@@ -64,7 +65,7 @@ def reason_of_death(output: Path, message: str = "") -> str:
     """Why a process is gone that said nothing, as far as Ray's message and what it printed last can tell."""
     if "node" in message and ("its node has died" in message or "node was terminated" in message):
         return "its node was lost"
-    if "running low on memory" in message or "memory monitor" in message:
+    if RAY_MEMORY in message:
         return "out of memory: Ray's memory monitor killed its process"
     printed = _end_of(output)
     if OUT_OF_MEMORY_NOTE in printed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage
 from wattier.outcome import (
     LONGEST_ERROR,
     LONGEST_REASON,
+    RAY_MEMORY,
     TrialFailedError,
     read_reason,
     reason_of_death,
@@ -28,8 +30,9 @@ from wattier.trial_output import output_name
 log = logging.getLogger(__name__)
 RESULT_WAIT_SECONDS = 60.0  # a stopped trial unwinds, and a shared file system may show its result late
 PLACE_LOOK_SECONDS = 2.0
+TELL_SECONDS = 60.0
 # How Ray's exceptions begin to tell that a process is gone, and not that it raised something.
-DEATHS = ("ActorDiedError", "ActorUnavailableError", "OutOfMemoryError", "WorkerCrashedError", "The actor ")
+DEATHS = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "The actor ", RAY_MEMORY)
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Driver:
     unwinding: dict[str, _Ended] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)  # of the last failure of each trial
     no_place_since: float | None = None
+    waits_since: float | None = None
     look_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -136,12 +140,14 @@ class Driver:
         if longest is None or now < self.look_at:
             return
         self.look_at = now + min(PLACE_LOOK_SECONDS, longest / 4)
-        waiting = [trial for trial in trials if trial.status == "PENDING"]
-        missing = None
-        if waiting and not any(trial.status == "RUNNING" for trial in trials):
-            missing = what_is_missing(self.bundle, self.stage.fidelity.ranks)
+        waits = any(trial.status == "PENDING" for trial in trials)
+        if not waits or any(trial.status == "RUNNING" for trial in trials):
+            self.no_place_since = self.waits_since = None
+            return
+        missing = what_is_missing(self.bundle, self.stage.fidelity.ranks)
         if missing is None:
             self.no_place_since = None
+            self._tell_of_waiting(now)
             return
         if self.no_place_since is None:
             self.no_place_since = now
@@ -152,6 +158,21 @@ class Driver:
                 "node was lost, or left. Add nodes; the same command goes on from here."
             )
             raise self.problem
+
+    def _tell_of_waiting(self, now: float) -> None:
+        """Say once that the cluster is busy with somebody else's work."""
+        if self.waits_since is None:
+            self.waits_since = now
+        if now - self.waits_since >= TELL_SECONDS:
+            self.waits_since = math.inf
+            log.warning(
+                "stage %r: no trial runs, and one waits since %g s for %d ranks of %s: the cluster has them, but "
+                "others hold them",
+                self.stage.fidelity.stage,
+                TELL_SECONDS,
+                self.stage.fidelity.ranks,
+                self.bundle,
+            )
 
 
 def _last_failure(path: Path) -> str:

@@ -63,35 +63,24 @@ def test_killed_and_run_again(tiny: Workplace, moment) -> None:
     assert_no_ray_left()
 
 
-def test_a_worker_that_is_killed_is_tried_again_from_its_checkpoint(tiny: Workplace) -> None:
-    process = tiny.start("run", "config.yaml", witnessed=True)
-    wait_for(process, lambda: kill_in_full_training(tiny))
-    (worker, *_) = [child for child in children(process) if "ImplicitFunc.train" in " ".join(child.cmdline())]
-    worker.kill()
-    out, err = process.communicate(timeout=TIMEOUT_SECONDS)
-
-    assert process.returncode == 0, out + err
-    assert_undisturbed_outcome(tiny)
-    attempts = {row["trial_id"]: row["attempts"] for row in tiny.rows() if row["fidelity"]["stage"] == "full"}
-    assert sorted(attempts.values()) == [1, 2]
-    retried = max(attempts, key=lambda trial_id: attempts[trial_id])
-    lines = (tiny.run_dir / "trials" / "full" / retried / "epochs.jsonl").read_text().splitlines()
-    assert len(lines) <= 61, "only the epoch that was not saved is trained again"
-    assert_ledger_is_true(tiny)
-
-
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
-def test_ray_itself_is_killed(tiny: Workplace, victim: str) -> None:
+def test_a_worker_and_then_ray_itself_are_killed(tiny: Workplace) -> None:
+    """First a worker, whose trial is tried again in the same run; then the GCS, and in the next run the raylet."""
     tiny.environment |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # Ray's own patience is a minute
     process = tiny.start("run", "config.yaml", witnessed=True)
     wait_for(process, lambda: kill_in_search(tiny))
-    next(child for child in children(process) if child.name() == victim).kill()
+    next(child for child in children(process) if "ImplicitFunc.train" in " ".join(child.cmdline())).kill()
+    wait_for(process, lambda: any(tiny.run_dir.glob("trials/wide/*/attempt2-rank0.energy.json")))
+    next(child for child in children(process) if child.name() == "gcs_server").kill()
     process.communicate(timeout=120)
     assert process.returncode != 0
 
-    tiny.environment.clear()
-    again = tiny.wattier("run", "config.yaml", witnessed=True)
+    process = tiny.start("run", "config.yaml", witnessed=True)
+    wait_for(process, lambda: kill_in_two_rank_stage(tiny))
+    next(child for child in children(process) if child.name() == "raylet").kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
 
+    again = tiny.wattier("run", "config.yaml", witnessed=True)
     assert again.returncode == 0, again.stderr
     assert_undisturbed_outcome(tiny)
     assert_ledger_is_true(tiny)

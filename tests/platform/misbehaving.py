@@ -139,7 +139,7 @@ def hangs_on_one_rank(context):
 
 def is_slow_but_alive(context):
     """It reports one epoch only, and saves checkpoints meanwhile."""
-    for step in range(12):
+    for step in range(20):
         time.sleep(0.5)
         (context.folder / "last.pt").write_text(f"step {step}")
     return behaves(context)

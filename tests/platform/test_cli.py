@@ -373,7 +373,7 @@ class TestDamagedRun:
         assert line.endswith(f"trials/only/{failed['trial_id']}/error.txt")
         if verb == "run":
             assert damaged.report_path.exists()
-            assert trial_id not in damaged.selection().picked
+            assert failed["trial_id"] not in damaged.selection().picked
 
     def test_checkpoints_that_hold_code_are_not_run(self, tmp_path):
         torch.save({"model": subprocess.run}, tmp_path / "best.pt")
