@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -67,8 +68,8 @@ def test_a_worker_and_then_ray_itself_are_killed(tiny: Workplace) -> None:
     """First a worker, whose trial is tried again in the same run; then the GCS, and in the next run the raylet."""
     tiny.environment |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # Ray's own patience is a minute
     process = tiny.start("run", "config.yaml", witnessed=True)
-    wait_for(process, lambda: kill_in_search(tiny))
-    next(child for child in children(process) if "ImplicitFunc.train" in " ".join(child.cmdline())).kill()
+    wait_for(process, lambda: kill_in_search(tiny) and working(process))
+    working(process)[0].kill()
     wait_for(process, lambda: any(tiny.run_dir.glob("trials/wide/*/attempt2-rank0.energy.json")))
     next(child for child in children(process) if child.name() == "gcs_server").kill()
     process.communicate(timeout=120)
@@ -89,6 +90,16 @@ def test_a_worker_and_then_ray_itself_are_killed(tiny: Workplace) -> None:
 
 def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def working(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Workers that are in the middle of a trial, by the title that Ray gives them."""
+    found = []
+    for child in children(process):
+        with contextlib.suppress(psutil.Error):
+            if "ImplicitFunc.train" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
