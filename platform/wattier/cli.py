@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
+from wattier.submit_cli import submit
 
 if TYPE_CHECKING:
     from wattier.config import RunConfig
     from wattier.console import RunConsole
     from wattier.rundir import RunDir
 
-EXIT_FAILURE, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_FAILED_TRIALS = 1, 2, 3
+FAILURES_SHOWN = 3
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,6 +68,7 @@ def run(target: Target, dry_run: DryRun = False) -> None:
             console.console.print("Nothing was left to do.")
         console.console.print(f"Release: {rundir.release_path}", markup=False)
         console.console.print(f"Report: {rundir.report_path}", markup=False)
+        _exit_of_failed_trials(rundir)
 
 
 @app.command()
@@ -83,6 +86,7 @@ def search(target: Target, dry_run: DryRun = False) -> None:
         _print_plan(target)
         return
     _step(target, lambda steps: steps.search)
+    _exit_of_failed_trials(_existing(target))
 
 
 @app.command()
@@ -144,6 +148,9 @@ def export(target: Target) -> None:
     rundir = _existing(target)
     with rundir.lock():
         typer.echo(export_release(rundir, rundir.config()))
+
+
+app.command()(submit)
 
 
 @app.command()
@@ -232,6 +239,19 @@ def _step(target: Path, step: Callable[[Any], Callable[..., Any]]) -> None:
 
         with steps.launcher_for(config) as launcher:
             step(steps)(rundir, config, launcher, console)
+
+
+def _exit_of_failed_trials(rundir: RunDir) -> None:
+    """End with a code of its own where a trial of the run has failed: the results are whole without it."""
+    failed = [row for row in rundir.trials() if row.status == "failed"]
+    if not failed:
+        return
+    shown = "; ".join(f"{row.trial_id} ({row.error})" for row in failed[:FAILURES_SHOWN])
+    more = f"; and {len(failed) - FAILURES_SHOWN} more" if len(failed) > FAILURES_SHOWN else ""
+    where = rundir.trial_folder(failed[0].fidelity.stage, failed[0].trial_id) / "error.txt"
+    noun = "trial" if len(failed) == 1 else "trials"
+    typer.echo(f"{len(failed)} {noun} failed: {shown}{more}. See error.txt in each one's folder, as {where}", err=True)
+    raise typer.Exit(EXIT_FAILED_TRIALS)
 
 
 @contextmanager

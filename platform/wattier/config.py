@@ -197,13 +197,17 @@ class FullTrainingSection(Section):
 
 class ResourcesSection(Section):
     """What one rank of a trial gets. gpus_per_rank: at most 1; null = one GPU, or equal parts where there are fewer.
-    address: of a running Ray cluster, or null for a private one on this machine. allow_power_cap: whether trials may
-    set power limits of GPUs, which are put back afterwards."""
+    address: of a running Ray cluster, or null for a private one on this machine. retries: of a trial whose process
+    fails, hangs or is lost with its node. stall_seconds: how long a trial may go without reporting an epoch or saving a
+    checkpoint before its processes are killed, and how long one may wait for nodes that could hold it; null = for ever.
+    allow_power_cap: whether trials may set power limits of GPUs, which are put back afterwards.
+    """
 
     cpus_per_rank: Positive = 1
     gpus_per_rank: Annotated[float, Field(ge=0, le=1)] | None = None
     address: str | None = None
     retries: Annotated[int, Field(ge=0)] = 1
+    stall_seconds: PositiveFloat | None = 1800.0
     allow_power_cap: bool = False
 
 

@@ -25,6 +25,7 @@ def refuse_wrong_combinations(config: RunConfig) -> None:
     _neighbours_within_the_data(config)
     _whole_weights_for_gradients(config)
     _whole_gpus_for_shards(config)
+    _checkpoints_before_a_stall(config)
     _power_caps_where_allowed(config)
 
 
@@ -119,6 +120,15 @@ def _whole_gpus_for_shards(config: RunConfig) -> None:
         raise ValueError(
             f"training.sharding is fsdp and resources.gpus_per_rank is {gpus}, but ranks that hold parts of a "
             "model must each have a whole GPU. Set gpus_per_rank to 1, or sharding to none"
+        )
+
+
+def _checkpoints_before_a_stall(config: RunConfig) -> None:
+    stall, checkpoint = config.resources.stall_seconds, config.training.checkpoint_seconds
+    if stall is not None and stall <= checkpoint:
+        raise ValueError(
+            f"resources.stall_seconds is {stall:g} and training.checkpoint_seconds is {checkpoint:g}, but a trial must "
+            "have the time to save a checkpoint. Raise the one, or lower the other"
         )
 
 

@@ -6,26 +6,36 @@ import math
 import multiprocessing
 import os
 import socket
-import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.node_exporters import ExporterPlan, NodeExporters, ThisNode
-from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
+from wattier.outcome import (
+    ERROR_NAME,
+    checked_record,
+    checked_return,
+    read_result,
+    reason_of,
+    write_error,
+    write_reason,
+)
+from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult, finite_or_none
 from wattier.rundir import RunDir, decode, read_json, write_json
 from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result, judged
 from wattier_gnn.distributed import World
 
+NOTHING_RUNS = "the policy answered LATER while no trial runs, so that nothing would ever change: a bug in the policy"
+
 
 class NotNow(Enum):
-    """A policy's answer while it waits for a running trial to end."""
+    """The answer of a policy that has trials left and will not start one now."""
 
     LATER = "later"
 
@@ -37,7 +47,11 @@ class Policy(Protocol):
     """What to try next, and whether to go on with it. One thread calls it."""
 
     def propose(self) -> Proposal | NotNow | None:
-        """The next trial to start, None when there is none left, or LATER, which needs a trial that runs."""
+        """The next trial to start, None when there is none left, or LATER.
+
+        LATER means: nothing until a trial that runs now has ended. It is never the answer while none runs, since
+        nothing would ever change; a launcher raises RuntimeError then.
+        """
 
     def on_epoch(self, trial_id: str, record: EpochRecord) -> bool:
         """Whether a trial may go on after an epoch; told the same epoch twice it gives the same answer."""
@@ -73,22 +87,35 @@ class Stage:
         """Make the trial's folder and note what runs in it, so that a killed run knows what to take up again."""
         folder = self.run.trial_folder(self.fidelity.stage, proposal.trial_id)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").unlink(missing_ok=True)
-        write_json(folder / "trial.json", asdict(proposal))
+        for name in (ERROR_NAME, "result.json"):  # of an attempt that counts no more
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / "trial.json", finite_or_none(asdict(proposal)))
         return self.spec(proposal)
 
     def outcome(self, proposal: Proposal, error: str | None) -> TrialResult:
-        """The result that a trial left, or the record of one that left none."""
-        path = self.run.trial_folder(self.fidelity.stage, proposal.trial_id) / "result.json"
+        """The result that a trial left, or the record of one that left none, or none that can be read."""
+        folder = self.run.trial_folder(self.fidelity.stage, proposal.trial_id)
+        path = folder / "result.json"
         if path.exists():
-            return self.recorded(path)
-        spec = self.spec(proposal)
-        return failed_result(spec, self.run, error or "the trial ended without a result")
+            try:
+                return judged(read_result(path, proposal, self.fidelity), self.config)
+            except ValueError as problem:
+                error = str(problem)
+        error = error or "the trial ended without a result"
+        if not (folder / ERROR_NAME).exists():
+            write_reason(folder, error)
+        return failed_result(self.spec(proposal), self.run, error)
 
     def recorded(self, path: Path) -> TrialResult:
-        """What a ``result.json`` holds; a user's own trial need not know what counts as throttled."""
-        result = decode(path, TrialResult.from_dict, read_json(path))
-        return judged(result, self.config)
+        """What the ``result.json`` of a trial holds that was opened by an earlier process."""
+        note = path.with_name("trial.json")
+        proposal = decode(note, _noted_proposal, read_json(note))
+        return self.outcome(proposal, None)
+
+
+def _noted_proposal(note: Any) -> Proposal:
+    """The proposal that a ``trial.json`` holds, whichever fields that version noted."""
+    return Proposal(**{f.name: note[f.name] for f in fields(Proposal) if f.name in note})
 
 
 OnResult = Callable[[TrialResult], None]
@@ -111,7 +138,8 @@ class Launcher(Protocol):
 class InlineLauncher:
     """One trial after the other in this process, further ranks in child processes: for tests and debugging.
 
-    It narrows no process's view of the devices: on a machine with several GPUs each rank is billed all of them.
+    It narrows no process's view of the devices: on a machine with several GPUs each rank is billed all of them. What a
+    trial prints goes where this process prints, and a trial that hangs, or kills its process, takes it along.
     """
 
     def __init__(self) -> None:
@@ -122,8 +150,8 @@ class InlineLauncher:
         check_local_resources(stage)
         self._exporters.ensure(ExporterPlan.of(stage.run, stage.config.telemetry))
         while (proposal := policy.propose()) is not None:
-            if proposal is LATER:
-                raise RuntimeError("the policy waits for a trial to end, but none runs")
+            if isinstance(proposal, NotNow):
+                raise RuntimeError(NOTHING_RUNS)  # noqa: TRY004  (not its type is wrong, but its moment)
             spec = stage.open_trial(proposal)
             error = self._run_one(stage, spec, policy, run_trial)
             result = stage.outcome(proposal, error)
@@ -148,14 +176,15 @@ class InlineLauncher:
             process.start()
 
         def report(record: EpochRecord) -> bool:
-            return policy.on_epoch(spec.proposal.trial_id, record)
+            return policy.on_epoch(spec.proposal.trial_id, checked_record(record))
 
         error = None
         for attempt in range(stage.config.resources.retries + 1):
+            context = TrialContext(spec, stage.config, World(0, size, port=port), gpus, report)
             try:
-                run_trial(TrialContext(spec, stage.config, World(0, size, port=port), gpus, report))
-            except Exception:  # noqa: BLE001  (a trial may fail in any way; the search goes on)
-                error = write_traceback(stage, spec)
+                run_rank_zero(run_trial, context)
+            except (Exception, SystemExit) as failure:  # noqa: BLE001  (a trial may fail in any way; the search goes on)
+                error = write_error(context.folder, failure)
                 if size > 1 or attempt == stage.config.resources.retries:
                     break
             else:
@@ -183,12 +212,21 @@ def never_stop(_: EpochRecord) -> bool:
     return True
 
 
-def write_traceback(stage: Stage, spec: TrialSpec) -> str:
-    """Put the traceback of the present exception into the trial's folder; its last line is returned."""
-    text = traceback.format_exc().strip()
-    folder = stage.run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
-    (folder / "error.txt").write_text(text)
-    return text.strip().splitlines()[-1]
+def run_rank_zero(run_trial: RunTrial, context: TrialContext) -> None:
+    """Run a trial's function on rank 0, and see to it that it leaves a result.
+
+    Raises:
+        TypeError: it left none, and returned none.
+        Exception: whatever the function raises.
+    """
+    returned: Any = run_trial(context)
+    path = context.folder / "result.json"
+    if not path.exists():
+        result = checked_return(returned)
+        try:
+            write_json(path, finite_or_none(result.to_dict()))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"run_trial returned a TrialResult that is no JSON ({reason_of(error)})") from error
 
 
 def runs_here(config: RunConfig) -> bool:

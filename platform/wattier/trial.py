@@ -20,6 +20,7 @@ import torch
 
 from wattier.config import ModelSection, RunConfig, TrainingSection
 from wattier.config_space import ChoiceParameter
+from wattier.errors import UserError
 from wattier.metering import metered
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.power_cap import bill_with_remarks, cap_ratio, power_capped
@@ -232,7 +233,10 @@ def load_member(path: Path) -> FoundationModel:
 def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
     """The record of a trial that left no ``result.json``: rebuilt from its epochs and its energy journals."""
     folder, config = run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id), run.config()
-    epochs = run.epochs(spec.fidelity.stage, spec.proposal.trial_id)
+    try:
+        epochs = run.epochs(spec.fidelity.stage, spec.proposal.trial_id)
+    except UserError as damage:  # a stranger's trial may write anything
+        epochs, error = [], f"{error}; and {damage}"
     last = epochs[-1] if epochs else None
     energy = bill(folder)
     result = TrialResult(

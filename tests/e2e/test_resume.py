@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from observed import observed_seconds
-from workplace import Workplace, ray_processes
+from workplace import TIMEOUT_SECONDS, Workplace, ray_processes
 
 from wattier.ledger import ledger_info
 from wattier.rundir import RunDir
@@ -58,6 +62,52 @@ def test_killed_and_run_again(tiny: Workplace, moment) -> None:
         assert len(list(folder.glob("*rank0.energy.json"))) == row["attempts"] == 1, f"{key} was run again"
     assert_ledger_is_true(tiny)
     assert_no_ray_left()
+
+
+def test_a_worker_and_then_ray_itself_are_killed(tiny: Workplace) -> None:
+    """First a worker, whose trial is tried again in the same run; then the GCS, and in the next run the raylet."""
+    tiny.environment |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # Ray's own patience is a minute
+    process = tiny.start("run", "config.yaml", witnessed=True)
+    wait_for(process, lambda: kill_in_search(tiny) and working(process))
+    working(process)[0].kill()
+    wait_for(process, lambda: any(tiny.run_dir.glob("trials/wide/*/attempt2-rank0.energy.json")))
+    next(child for child in children(process) if child.name() == "gcs_server").kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+
+    process = tiny.start("run", "config.yaml", witnessed=True)
+    wait_for(process, lambda: kill_in_two_rank_stage(tiny))
+    next(child for child in children(process) if child.name() == "raylet").kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+
+    again = tiny.wattier("run", "config.yaml", witnessed=True)
+    assert again.returncode == 0, again.stderr
+    assert_undisturbed_outcome(tiny)
+    assert_ledger_is_true(tiny)
+    assert_no_ray_left()
+
+
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def working(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Workers that are in the middle of a trial, by the title that Ray gives them."""
+    found = []
+    for child in children(process):
+        with contextlib.suppress(psutil.Error):
+            if "ImplicitFunc.train" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_undisturbed_run_resumes_to_nothing(tiny: Workplace) -> None:

@@ -32,6 +32,7 @@ VERBS = [
     "select",
     "status",
     "study",
+    "submit",
     "telemetry",
     "train",
 ]
@@ -357,6 +358,23 @@ class TestDamagedRun:
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
         assert "last.pt: not a readable checkpoint" in done.stderr
+
+    @pytest.mark.parametrize("verb", ["run", "search"])
+    def test_a_failed_trial_is_exit_3_and_one_line(self, damaged, wattier, verb):
+        rows = [json.loads(line) for line in damaged.trials_path.read_text().splitlines()]
+        failed = next(row for row in rows if row["fidelity"]["stage"] == "only")
+        failed |= {"status": "failed", "error": "RuntimeError: the third epoch was one too many"}
+        damaged.trials_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = wattier(verb, "run")
+        assert done.returncode == 3, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(
+            f"1 trial failed: {failed['trial_id']} (RuntimeError: the third epoch was one too many)."
+        )
+        assert line.endswith(f"trials/only/{failed['trial_id']}/error.txt")
+        if verb == "run":
+            assert damaged.report_path.exists()
+            assert failed["trial_id"] not in damaged.selection().picked
 
     def test_checkpoints_that_hold_code_are_not_run(self, tmp_path):
         torch.save({"model": subprocess.run}, tmp_path / "best.pt")

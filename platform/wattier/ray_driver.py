@@ -1,0 +1,271 @@
+"""Between Tune and a policy: a thin searcher, a thin scheduler, a watch over what runs. One thread calls it all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wattier.errors import UserError
+from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage
+from wattier.outcome import (
+    LONGEST_ERROR,
+    LONGEST_REASON,
+    RAY_MEMORY,
+    TrialFailedError,
+    read_reason,
+    reason_of_death,
+    shortened,
+    write_reason,
+)
+from wattier.ray_cluster import Bundle, what_is_missing
+from wattier.records import EpochRecord, Proposal
+from wattier.stall import StallWatch
+from wattier.trial_output import output_name
+
+log = logging.getLogger(__name__)
+RESULT_WAIT_SECONDS = 60.0  # a stopped trial unwinds, and a shared file system may show its result late
+PLACE_LOOK_SECONDS = 2.0
+TELL_SECONDS = 60.0
+# How Ray's exceptions begin to tell that a process is gone, and not that it raised something.
+DEATHS = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "The actor ", RAY_MEMORY)
+
+
+@dataclass
+class _Ended:
+    """A trial that Tune is done with: why it failed, if it did, and how long its result is waited for."""
+
+    error: str | None
+    deadline: float
+
+
+@dataclass
+class Driver:
+    """Turns Tune's endings into our results, once the trial's own processes have written their last word."""
+
+    stage: Stage
+    policy: Policy
+    on_result: OnResult
+    bundle: Bundle
+    problem: Exception | None = None  # what ends the stage, and is no trial's failure
+    started: dict[str, Proposal] = field(default_factory=dict)
+    unwinding: dict[str, _Ended] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # of the last failure of each trial
+    no_place_since: float | None = None
+    waits_since: float | None = None
+    look_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.watch = StallWatch(self.stage.config.resources.stall_seconds)
+
+    def folder(self, tune_id: str) -> Path:
+        """Where a trial writes."""
+        return self.stage.run.trial_folder(self.stage.fidelity.stage, self.started[tune_id].trial_id)
+
+    def propose(self, tune_id: str) -> dict[str, Any] | None:
+        """Tune's config of the next trial, an empty one for later, None when there is none left."""
+        self.collect()
+        proposal = self.policy.propose()
+        if isinstance(proposal, NotNow):
+            if not self.started:
+                self.problem = RuntimeError(NOTHING_RUNS)
+                raise self.problem
+            return {}
+        if proposal is None:
+            return None
+        self.started[tune_id] = proposal
+        return {"spec": self.stage.open_trial(proposal)}
+
+    def ended(self, tune_id: str, *, error: bool) -> None:
+        """Tune is done with a trial; a stopped one may still be unwinding."""
+        self.watch.ended(tune_id)
+        reason = self.reasons.pop(tune_id, "the trial's process died") if error else None
+        self.unwinding[tune_id] = _Ended(reason, time.monotonic() + RESULT_WAIT_SECONDS)
+        self.collect()
+
+    def failed(self, tune_id: str, message: str) -> None:
+        """An attempt failed, whether another one follows or not; `message` is Ray's."""
+        self.watch.ended(tune_id)
+        folder = self.folder(tune_id)
+        if tune_id in self.reasons:  # it was killed for stalling
+            return
+        said = read_reason(folder) or _said(message)  # the trial removes what an earlier attempt said
+        self.reasons[tune_id] = said or reason_of_death(folder / output_name(0), message)
+        if not read_reason(folder):
+            write_reason(folder, self.reasons[tune_id], message)
+
+    def begins(self, tune_id: str) -> None:
+        """An attempt of a trial begins."""
+        self.reasons.pop(tune_id, None)
+        self.watch.started(tune_id, self.folder(tune_id))
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Record every ended trial whose result is there, or whose result will not come."""
+        while self.unwinding:
+            for tune_id, ended in list(self.unwinding.items()):
+                is_there = (self.folder(tune_id) / "result.json").exists()
+                if is_there or ended.error is not None or time.monotonic() >= ended.deadline:
+                    del self.unwinding[tune_id]
+                    result = self.stage.outcome(self.started.pop(tune_id), ended.error)
+                    self.policy.on_result(result)
+                    self.on_result(result)
+            if not wait:
+                return
+            time.sleep(0.05)
+
+    def look_after(self, trials: list[Any]) -> None:
+        """Kill what has stalled; give up when the cluster has lost what trials need."""
+        import ray
+
+        self.collect()
+        stalled = self.watch.stalled()
+        for trial in trials if stalled else ():
+            if trial.trial_id in stalled and trial.temporary_state.ray_actor is not None:
+                reason = (
+                    f"it stalled: no epoch and no checkpoint for {self.watch.stall_seconds:g} s "
+                    "(resources.stall_seconds), so its processes were killed"
+                )
+                self.reasons[trial.trial_id] = reason
+                write_reason(self.folder(trial.trial_id), reason)
+                log.warning("%s: %s", self.started[trial.trial_id].trial_id, reason)
+                ray.kill(trial.temporary_state.ray_actor)  # the other ranks are its own, and end with it
+        self._look_for_a_place(trials)
+
+    def _look_for_a_place(self, trials: list[Any]) -> None:
+        longest, now = self.watch.stall_seconds, time.monotonic()
+        if longest is None or now < self.look_at:
+            return
+        self.look_at = now + min(PLACE_LOOK_SECONDS, longest / 4)
+        waits = any(trial.status == "PENDING" for trial in trials)
+        if not waits or any(trial.status == "RUNNING" for trial in trials):
+            self.no_place_since = self.waits_since = None
+            return
+        missing = what_is_missing(self.bundle, self.stage.fidelity.ranks)
+        if missing is None:
+            self.no_place_since = None
+            self._tell_of_waiting(now)
+            return
+        if self.no_place_since is None:
+            self.no_place_since = now
+            log.warning("stage %r: a trial %s. Waiting for nodes", self.stage.fidelity.stage, missing)
+        if now - self.no_place_since >= longest:
+            self.problem = UserError(
+                f"stage {self.stage.fidelity.stage!r}: {missing}, for {longest:g} s now (resources.stall_seconds): a "
+                "node was lost, or left. Add nodes; the same command goes on from here."
+            )
+            raise self.problem
+
+    def _tell_of_waiting(self, now: float) -> None:
+        """Say once that the cluster is busy with somebody else's work."""
+        if self.waits_since is None:
+            self.waits_since = now
+        if now - self.waits_since >= TELL_SECONDS:
+            self.waits_since = math.inf
+            log.warning(
+                "stage %r: no trial runs, and one waits since %g s for %d ranks of %s: the cluster has them, but "
+                "others hold them",
+                self.stage.fidelity.stage,
+                TELL_SECONDS,
+                self.stage.fidelity.ranks,
+                self.bundle,
+            )
+
+
+def _last_failure(path: Path) -> str:
+    """What Tune wrote down of a trial's last failure, which is the text of Ray's exception."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_ERROR))
+        return file.read().decode(errors="replace").rpartition("Failure # ")[2].strip()
+
+
+def _said(message: str) -> str | None:
+    """What a trial's process said of its failure; None = it died without a word."""
+    last = message.splitlines()[-1] if message else ""
+    if f"{TrialFailedError.__name__}: " in last:
+        return last.partition(f"{TrialFailedError.__name__}: ")[2]
+    is_death = not message or any(word in message for word in DEATHS)
+    return None if is_death else shortened(last, LONGEST_REASON)
+
+
+def searcher_of(driver: Driver) -> Any:
+    """What Tune asks for the next trial. What Tune pickles of it is empty, and its copies are itself."""
+    from ray.tune.search import Searcher
+
+    class PolicySearcher(Searcher):
+        def suggest(self, trial_id: str) -> dict[str, Any] | Any:
+            config = driver.propose(trial_id)
+            return Searcher.FINISHED if config is None else config or None
+
+        def on_trial_complete(
+            self,
+            trial_id: str,
+            result: dict[str, Any] | None = None,  # noqa: ARG002
+            error: bool = False,
+        ) -> None:
+            driver.ended(trial_id, error=error)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: the run directory is the state."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing: the run directory is the state."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Searcher, ())
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> PolicySearcher:
+            return self
+
+    return PolicySearcher()
+
+
+def scheduler_of(driver: Driver) -> Any:
+    """What Tune asks after each epoch whether a trial goes on; pickled and copied as the searcher is."""
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+    class PolicyScheduler(FIFOScheduler):
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
+            driver.collect()
+            if "record_json" not in result:
+                return str(TrialScheduler.CONTINUE)
+            driver.watch.heard(trial.trial_id)
+            record = EpochRecord.from_dict(json.loads(result["record_json"]))
+            go_on = driver.policy.on_epoch(driver.started[trial.trial_id].trial_id, record)
+            return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
+
+        def on_trial_error(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
+            driver.failed(trial.trial_id, _last_failure(Path(trial.error_file)))
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (FIFOScheduler, ())
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> PolicyScheduler:
+            return self
+
+    return PolicyScheduler()  # type: ignore[no-untyped-call]
+
+
+def callback_of(driver: Driver) -> Any:
+    """What Tune tells of attempts and of the passing of time; pickled and copied as the searcher is."""
+    from ray.tune import Callback
+
+    class Watch(Callback):
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+            driver.begins(trial.trial_id)
+
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
+            driver.look_after(trials)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Callback, ())
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+            return self
+
+    return Watch()
