@@ -119,7 +119,7 @@ def held_out(
             test, seen = order[:HELD_OUT], order[HELD_OUT:][:n]
             model = taught(make(prior), seen)
             projections = [model.project(t.params, t.fidelity) for t in test]
-            row = [*error([(p.joules, p.seconds) for p in projections], test), inside(projections, test)]
+            row = [*error([(p.joules, p.seconds) for p in projections], test), *inside(projections, test)]
             if n:
                 alone = taught(EnergyModel(None, config.search.space), seen)
                 others = [told(alone), mean_of_log(seen), linear(seen)]
@@ -127,9 +127,9 @@ def held_out(
             rows.append(row)
         middle, mean = np.median(rows, axis=0), np.mean(rows, axis=0)
         low, high = np.quantile(np.array(rows)[:, 0], [0.1, 0.9])
-        cells = [f"{100 * a:5.1f} %, {100 * b:5.1f} %" for a, b in zip(middle[3::2], middle[4::2], strict=True)]
+        cells = [f"{100 * a:5.1f} %, {100 * b:5.1f} %" for a, b in zip(middle[4::2], middle[5::2], strict=True)]
         ours = f"{100 * middle[0]:5.1f} % ({100 * low:.1f} to {100 * high:.1f}), {100 * middle[1]:5.1f} %"
-        print(f"{n:6d}   {ours}   {100 * mean[2]:3.0f} %   " + "      ".join(cells))
+        print("   ".join([f"{n:6d}", ours, f"{100 * mean[2]:.0f} %, {100 * mean[3]:.0f} %", *cells]))
 
 
 def other_fidelities(
@@ -149,11 +149,11 @@ def other_fidelities(
                 projections = [model.project(t.params, t.fidelity) for t in test]
                 factor = float(np.median([p.joules_high / p.joules for p in projections]))
                 pairs = [(p.joules, p.seconds) for p in projections]
-                rows.append([*error(pairs, test), inside(projections, test), factor])
-            a, b, _, factor = np.median(rows, axis=0)
-            within = np.mean(rows, axis=0)[2]
+                rows.append([*error(pairs, test), *inside(projections, test), factor])
+            a, b, _, _, factor = np.median(rows, axis=0)
+            within = np.mean(rows, axis=0)
             print(
-                f"{name}, {n_there} there: {100 * a:5.1f} %, {100 * b:5.1f} %; {100 * within:.0f} % within the "
+                f"{name}, {n_there} there: {100 * a:5.1f} %, {100 * b:5.1f} %; {100 * within[2]:.0f} %, {100 * within[3]:.0f} % within the "
                 f"interval, a factor of {factor:.2f}"
             )
 
@@ -220,11 +220,12 @@ def error(told_of: Sequence[tuple[float, float]], trials: Sequence[TrialResult])
     return float(a), float(b)
 
 
-def inside(projections: Sequence[Projection], trials: Sequence[TrialResult]) -> float:
-    """Share of trials whose joules lie within the interval of 68 %."""
-    return float(
-        np.mean([p.joules_low <= y <= p.joules_high for p, y in zip(projections, costs(trials)[0], strict=True)])
-    )
+def inside(projections: Sequence[Projection], trials: Sequence[TrialResult]) -> tuple[float, float]:
+    """Shares of trials whose joules, and whose seconds, lie within the interval of 68 %."""
+    joules, seconds = costs(trials)
+    a = [p.joules_low <= y <= p.joules_high for p, y in zip(projections, joules, strict=True)]
+    b = [p.seconds_low <= y <= p.seconds_high for p, y in zip(projections, seconds, strict=True)]
+    return float(np.mean(a)), float(np.mean(b))
 
 
 if __name__ == "__main__":
