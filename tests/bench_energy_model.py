@@ -153,8 +153,8 @@ def other_fidelities(
             a, b, _, _, factor = np.median(rows, axis=0)
             within = np.mean(rows, axis=0)
             print(
-                f"{name}, {n_there} there: {100 * a:5.1f} %, {100 * b:5.1f} %; {100 * within[2]:.0f} %, {100 * within[3]:.0f} % within the "
-                f"interval, a factor of {factor:.2f}"
+                f"{name}, {n_there} there: {100 * a:5.1f} %, {100 * b:5.1f} %; "
+                f"{100 * within[2]:.0f} %, {100 * within[3]:.0f} % within the interval, a factor of {factor:.2f}"
             )
 
 
