@@ -110,7 +110,8 @@ def held_out(
     """Trials of the fidelity that is learned from."""
     print(f"\nheld-out trials of the same fidelity ({HELD_OUT} in each shuffle): MdAPE of joules, of seconds")
     print(
-        "trials   physics + process         within 68 %   hyper-parameters alone   mean of log     params x structures"
+        "trials   energy model (10th to 90th of shuffles)   within 68 %   "
+        "hyper-parameters alone   mean of log   parameters x structures"
     )
     for n in LEARNED:
         rows = []
