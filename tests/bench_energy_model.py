@@ -25,13 +25,13 @@ import optuna
 import torch
 
 from wattier.config import RunConfig, load_config
+from wattier.config_space import ChoiceParameter, RangeParameter
 from wattier.device_prior import RATED_WATTS_PER_CORE, DevicePrior, probe_device
 from wattier.energy_model import EnergyModel, Projection
 from wattier.launch import InlineLauncher, Stage
 from wattier.prepare import prepare_data
-from wattier.records import Fidelity, Proposal, TrialResult
-from wattier.rundir import RunDir
-from wattier.search import FixedPolicy, distributions, run_stage
+from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
+from wattier.rundir import RunDir, append_json_line
 from wattier.trial import run_trial
 from wattier.workload import workload_of
 from wattier_gnn.store import Store
@@ -89,19 +89,46 @@ def measured(folder: Path) -> tuple[RunDir, RunConfig]:
     run, launcher = RunDir.create(config), InlineLauncher()
     prepare_data(run, config, Quiet())
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=SEED))
-    space = distributions(config.search.space)
+    space = {name: distribution(parameter) for name, parameter in config.search.space.items()}
     for section in config.search.stages:
         name = section.name
         proposals = [Proposal(f"{name}-{k:03d}", dict(study.ask(space).params)) for k in range(section.trials)]
         done = {t.trial_id for t in run.trials(name)}
-        policy = FixedPolicy([p for p in proposals if p.trial_id not in done])
         stage = Stage(run, config, Fidelity(name, section.structures, section.epochs, section.ranks), section.trials)
         started = time.monotonic()
-        run_stage(stage, lambda policy=policy: policy, launcher, run_trial, lambda _: None)
+        launcher.run(
+            stage, Given([p for p in proposals if p.trial_id not in done]), run_trial,
+            lambda result: append_json_line(run.trials_path, result.to_dict()),
+        )  # fmt: skip
         if len(done) < section.trials:
             print(f"{name}: {section.trials - len(done)} trials run in {time.monotonic() - started:.0f} s")
     launcher.close()
     return run, config
+
+
+class Given:
+    """A policy that runs given trials to their end."""
+
+    def __init__(self, proposals: list[Proposal]) -> None:
+        self.waiting = proposals
+
+    def propose(self) -> Proposal | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    def on_epoch(self, trial_id: str, record: EpochRecord) -> bool:
+        return True
+
+    def on_result(self, result: TrialResult) -> None: ...
+
+
+def distribution(parameter: RangeParameter | ChoiceParameter) -> optuna.distributions.BaseDistribution:
+    """What Optuna draws from; ranges of whole numbers have whole ends."""
+    if isinstance(parameter, ChoiceParameter):
+        return optuna.distributions.CategoricalDistribution(parameter.choices)
+    low, high, step = parameter.low, parameter.high, parameter.step
+    if isinstance(low, int) and isinstance(high, int):
+        return optuna.distributions.IntDistribution(low, high, log=parameter.log, step=int(step or 1))
+    return optuna.distributions.FloatDistribution(low, high, log=parameter.log, step=step)
 
 
 def held_out(
