@@ -36,6 +36,7 @@ from wattier.trial import run_trial
 from wattier.workload import workload_of
 from wattier_gnn.store import Store
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 SEED, SHUFFLES, HELD_OUT = 0, 20, 20
 LEARNED = (0, 1, 3, 10, 30, 100)
 STAGES: list[dict[str, Any]] = [
