@@ -23,19 +23,20 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from wattier.search import FixedPolicy, distributions, run_stage
 
 from wattier.config import RunConfig, load_config
+from wattier.config_space import ChoiceParameter, RangeParameter
 from wattier.device_prior import RATED_WATTS_PER_CORE, DevicePrior, probe_device
 from wattier.energy_model import EnergyModel, Projection
 from wattier.launch import InlineLauncher, Stage
 from wattier.prepare import prepare_data
-from wattier.records import Fidelity, Proposal, TrialResult
-from wattier.rundir import RunDir
+from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
+from wattier.rundir import RunDir, append_json_line
 from wattier.trial import run_trial
 from wattier.workload import workload_of
 from wattier_gnn.store import Store
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 SEED, SHUFFLES, HELD_OUT = 0, 20, 20
 LEARNED = (0, 1, 3, 10, 30, 100)
 STAGES: list[dict[str, Any]] = [
@@ -89,19 +90,46 @@ def measured(folder: Path) -> tuple[RunDir, RunConfig]:
     run, launcher = RunDir.create(config), InlineLauncher()
     prepare_data(run, config, Quiet())
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=SEED))
-    space = distributions(config.search.space)
+    space = {name: distribution(parameter) for name, parameter in config.search.space.items()}
     for section in config.search.stages:
         name = section.name
         proposals = [Proposal(f"{name}-{k:03d}", dict(study.ask(space).params)) for k in range(section.trials)]
         done = {t.trial_id for t in run.trials(name)}
-        policy = FixedPolicy([p for p in proposals if p.trial_id not in done])
         stage = Stage(run, config, Fidelity(name, section.structures, section.epochs, section.ranks), section.trials)
         started = time.monotonic()
-        run_stage(stage, lambda policy=policy: policy, launcher, run_trial, lambda _: None)
+        launcher.run(
+            stage, Given([p for p in proposals if p.trial_id not in done]), run_trial,
+            lambda result: append_json_line(run.trials_path, result.to_dict()),
+        )  # fmt: skip
         if len(done) < section.trials:
             print(f"{name}: {section.trials - len(done)} trials run in {time.monotonic() - started:.0f} s")
     launcher.close()
     return run, config
+
+
+class Given:
+    """A policy that runs given trials to their end."""
+
+    def __init__(self, proposals: list[Proposal]) -> None:
+        self.waiting = proposals
+
+    def propose(self) -> Proposal | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    def on_epoch(self, trial_id: str, record: EpochRecord) -> bool:
+        return True
+
+    def on_result(self, result: TrialResult) -> None: ...
+
+
+def distribution(parameter: RangeParameter | ChoiceParameter) -> optuna.distributions.BaseDistribution:
+    """What Optuna draws from; ranges of whole numbers have whole ends."""
+    if isinstance(parameter, ChoiceParameter):
+        return optuna.distributions.CategoricalDistribution(parameter.choices)
+    low, high, step = parameter.low, parameter.high, parameter.step
+    if isinstance(low, int) and isinstance(high, int):
+        return optuna.distributions.IntDistribution(low, high, log=parameter.log, step=int(step or 1))
+    return optuna.distributions.FloatDistribution(low, high, log=parameter.log, step=step)
 
 
 def held_out(
@@ -110,7 +138,8 @@ def held_out(
     """Trials of the fidelity that is learned from."""
     print(f"\nheld-out trials of the same fidelity ({HELD_OUT} in each shuffle): MdAPE of joules, of seconds")
     print(
-        "trials   physics + process         within 68 %   hyper-parameters alone   mean of log     params x structures"
+        "trials   energy model (10th to 90th of shuffles)   within 68 %   "
+        "hyper-parameters alone   mean of log   parameters x structures"
     )
     for n in LEARNED:
         rows = []
@@ -119,7 +148,7 @@ def held_out(
             test, seen = order[:HELD_OUT], order[HELD_OUT:][:n]
             model = taught(make(prior), seen)
             projections = [model.project(t.params, t.fidelity) for t in test]
-            row = [*error([(p.joules, p.seconds) for p in projections], test), inside(projections, test)]
+            row = [*error([(p.joules, p.seconds) for p in projections], test), *inside(projections, test)]
             if n:
                 alone = taught(EnergyModel(None, config.search.space), seen)
                 others = [told(alone), mean_of_log(seen), linear(seen)]
@@ -127,9 +156,9 @@ def held_out(
             rows.append(row)
         middle, mean = np.median(rows, axis=0), np.mean(rows, axis=0)
         low, high = np.quantile(np.array(rows)[:, 0], [0.1, 0.9])
-        cells = [f"{100 * a:5.1f} %, {100 * b:5.1f} %" for a, b in zip(middle[3::2], middle[4::2], strict=True)]
+        cells = [f"{100 * a:5.1f} %, {100 * b:5.1f} %" for a, b in zip(middle[4::2], middle[5::2], strict=True)]
         ours = f"{100 * middle[0]:5.1f} % ({100 * low:.1f} to {100 * high:.1f}), {100 * middle[1]:5.1f} %"
-        print(f"{n:6d}   {ours}   {100 * mean[2]:3.0f} %   " + "      ".join(cells))
+        print("   ".join([f"{n:6d}", ours, f"{100 * mean[2]:.0f} %, {100 * mean[3]:.0f} %", *cells]))
 
 
 def other_fidelities(
@@ -149,12 +178,12 @@ def other_fidelities(
                 projections = [model.project(t.params, t.fidelity) for t in test]
                 factor = float(np.median([p.joules_high / p.joules for p in projections]))
                 pairs = [(p.joules, p.seconds) for p in projections]
-                rows.append([*error(pairs, test), inside(projections, test), factor])
-            a, b, _, factor = np.median(rows, axis=0)
-            within = np.mean(rows, axis=0)[2]
+                rows.append([*error(pairs, test), *inside(projections, test), factor])
+            a, b, _, _, factor = np.median(rows, axis=0)
+            within = np.mean(rows, axis=0)
             print(
-                f"{name}, {n_there} there: {100 * a:5.1f} %, {100 * b:5.1f} %; {100 * within:.0f} % within the "
-                f"interval, a factor of {factor:.2f}"
+                f"{name}, {n_there} there: {100 * a:5.1f} %, {100 * b:5.1f} %; "
+                f"{100 * within[2]:.0f} %, {100 * within[3]:.0f} % within the interval, a factor of {factor:.2f}"
             )
 
 
@@ -220,11 +249,12 @@ def error(told_of: Sequence[tuple[float, float]], trials: Sequence[TrialResult])
     return float(a), float(b)
 
 
-def inside(projections: Sequence[Projection], trials: Sequence[TrialResult]) -> float:
-    """Share of trials whose joules lie within the interval of 68 %."""
-    return float(
-        np.mean([p.joules_low <= y <= p.joules_high for p, y in zip(projections, costs(trials)[0], strict=True)])
-    )
+def inside(projections: Sequence[Projection], trials: Sequence[TrialResult]) -> tuple[float, float]:
+    """Shares of trials whose joules, and whose seconds, lie within the interval of 68 %."""
+    joules, seconds = costs(trials)
+    a = [p.joules_low <= y <= p.joules_high for p, y in zip(projections, joules, strict=True)]
+    b = [p.seconds_low <= y <= p.seconds_high for p, y in zip(projections, seconds, strict=True)]
+    return float(np.mean(a)), float(np.mean(b))
 
 
 if __name__ == "__main__":

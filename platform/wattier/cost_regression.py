@@ -81,6 +81,7 @@ class CostRegression:
         self.log_coefficients = np.zeros(k)
         self.scales, self.calibration = Scales(), 1.0
         self._weights = np.ones(len(log_y))
+        self._geometry = _geometry(rows.inputs, rows.inputs)
         if len(log_y):
             self._fit()
 
@@ -199,7 +200,8 @@ class CostRegression:
 
     def _covariance(self, left: Rows, right: Rows) -> Array:
         """K: of g and of what a change of fidelity may bring, between places [m, n]."""
-        scales, (product, squares) = self.scales, _geometry(left.inputs, right.inputs)
+        own = left is self._rows and right is self._rows
+        scales, (product, squares) = self.scales, self._geometry if own else _geometry(left.inputs, right.inputs)
         g = scales.linear**2 * product + scales.smooth**2 * np.exp(-squares / (2 * scales.length**2))
         return np.asarray(g + self._of_fidelity(left, right))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -163,9 +162,9 @@ def probe_device(name: str, *, watts: float, threads: int = 1, on_gpu: bool = Fa
                 x = x * 1.5
             torch.autograd.backward(x.sum())
 
-        product = _median_seconds(lambda: torch.mm(a, b), wait)
-        copy = _median_seconds(lambda: other.copy_(big), wait)
-        operator = _median_seconds(few, wait) / (2 * SMALL_OPERATORS)
+        product = _fewest_seconds(lambda: torch.mm(a, b), wait)
+        copy = _fewest_seconds(lambda: other.copy_(big), wait)
+        operator = _fewest_seconds(few, wait) / (2 * SMALL_OPERATORS)
     finally:
         torch.set_num_threads(before)
     prior = DevicePrior(name, watts, 2 * size**3 / product, 2 * 4 * big.numel() / copy, operator)
@@ -173,8 +172,8 @@ def probe_device(name: str, *, watts: float, threads: int = 1, on_gpu: bool = Fa
     return prior._replace(exchange_bytes_per_second=3e10, exchange_seconds=5e-5) if on_gpu else prior
 
 
-def _median_seconds(work: Callable[[], object], wait: Callable[[], None], limit_seconds: float = 0.1) -> float:
-    """Median of the repetitions within the limit, the first apart, which loads kernels."""
+def _fewest_seconds(work: Callable[[], object], wait: Callable[[], None], limit_seconds: float = 0.1) -> float:
+    """The fastest of the repetitions within the limit: others slow this machine down now, and not always."""
     work()
     wait()
     seconds: list[float] = []
@@ -184,4 +183,4 @@ def _median_seconds(work: Callable[[], object], wait: Callable[[], None], limit_
         work()
         wait()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return min(seconds)

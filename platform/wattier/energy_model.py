@@ -49,7 +49,11 @@ class Projection(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One observation: order decides nothing, so rows are sorted by `key`, a hash of all else."""
+    """One observation: order decides nothing, so rows are sorted by `key`, a hash of all else.
+
+    Of one fidelity and method, those with the lowest keys stand for all, a random choice that no order changes: more
+    than MOST_ROWS of them are never looked at, and so not kept.
+    """
 
     key: bytes
     params: Params
@@ -81,7 +85,8 @@ class EnergyModel:
         prior: DevicePrior | None = None,
     ) -> None:
         self._workload, self._space, self._prior = workload, space, prior
-        self._rows: list[_Row] = []
+        self._piles: dict[tuple[Fidelity, str | None, bool, bool], list[_Row]] = {}
+        self._heard: Counter[tuple[Fidelity, str | None, bool, bool]] = Counter()
         self._fits: dict[str, _Fit] = {}
         self.ignored: Counter[str] = Counter()
 
@@ -121,7 +126,11 @@ class EnergyModel:
             hashlib.blake2b(text.encode(), digest_size=8).digest(), params, fidelity, share, workload, kept_joules,
             kept_seconds, method,
         )  # fmt: skip
-        bisect.insort(self._rows, row, key=lambda row: row.key)
+        kind = (fidelity, method, kept_joules is not None, kept_seconds is not None)
+        pile = self._piles.setdefault(kind, [])
+        bisect.insort(pile, row, key=lambda row: row.key)
+        del pile[MOST_ROWS:]
+        self._heard[kind] += 1
         self._fits.clear()
 
     def project(self, params: Params, fidelity: Fidelity) -> Projection:
@@ -154,28 +163,29 @@ class EnergyModel:
         return value
 
     def _basis(self, fidelity: Fidelity) -> str:
-        rows = self._rows_of("joules") or self._rows_of("seconds")
-        if rows:
-            here = sum(row.fidelity == fidelity for row in rows)
-            trials = f"{len(rows)} finished trial" + ("s" if len(rows) > 1 else "")
-            return trials if here == len(rows) else f"{trials}, {here} of them at this fidelity"
+        kinds = self._kinds("joules") or self._kinds("seconds")
+        if kinds:
+            n, here = (sum(self._heard[k] for k in some) for some in (kinds, [k for k in kinds if k[0] == fidelity]))
+            trials = f"{n} finished trial" + ("s" if n > 1 else "")
+            return trials if here == n else f"{trials}, {here} of them at this fidelity"
         if self._prior is None or self._workload is None:
             return "no trial yet, and nothing to guess from"
         return f"no trial yet: a guess from the speed of {self._prior.name}, within a factor of {self._prior.factor:g}"
 
-    def _rows_of(self, what: str) -> list[_Row]:
+    def _kinds(self, what: str) -> list[tuple[Fidelity, str | None, bool, bool]]:
+        """The piles to learn a quantity from; joules from those of the most frequent method alone."""
         if what == "seconds":
-            return [row for row in self._rows if row.seconds is not None]
-        methods = Counter(row.method for row in self._rows if row.joules is not None)
-        if not methods:
-            return []
-        usual = max(methods, key=lambda method: (methods[method], method or ""))
-        return [row for row in self._rows if row.joules is not None and row.method == usual]
+            return [kind for kind in self._heard if kind[3]]
+        methods: Counter[str | None] = Counter()
+        for kind, n in self._heard.items():
+            methods[kind[1]] += n if kind[2] else 0
+        usual = max(methods, key=lambda method: (methods[method], method or ""), default=None)
+        return [kind for kind in self._heard if kind[2] and kind[1] == usual]
 
     def _fit(self, what: str) -> _Fit | None:
         """The fit to all observations so far, made when it is first asked for."""
         if what not in self._fits:
-            rows = self._rows_of(what)
+            rows = _some_of([self._piles[kind] for kind in self._kinds(what)])
             if not rows and (self._prior is None or self._workload is None):
                 return None
             self._fits[what] = _Fit(what, rows, self._workload, self._space, self._prior)
@@ -195,7 +205,6 @@ class _Fit:
     ) -> None:
         self._what, self._workload = what, workload
         self._prior = prior or ANY_DEVICE
-        rows = _some_of(rows)
         self._encoding = Encoding((row.params for row in rows), space)
         values = np.log([float(getattr(row, what)) for row in rows])
         self._n_terms = OWN_TERMS if workload is None else len(TERM_DOUBTS)
@@ -245,19 +254,16 @@ class _Fit:
         return float((fidelity.structures or self._all_structures) * max(1, fidelity.epochs))
 
 
-def _some_of(rows: list[_Row]) -> list[_Row]:
-    """At most MOST_ROWS, shared out over fidelities as evenly as they allow; rows are in the order of their keys."""
-    if len(rows) <= MOST_ROWS:
-        return rows
-    piles: dict[Fidelity, list[_Row]] = {}
-    for row in rows:
-        piles.setdefault(row.fidelity, []).append(row)
+def _some_of(piles: list[list[_Row]]) -> list[_Row]:
+    """At most MOST_ROWS, shared out over fidelities as evenly as they allow; in the order of their keys."""
+    by_fidelity: dict[Fidelity, list[_Row]] = {}
+    for pile in piles:
+        by_fidelity.setdefault(pile[0].fidelity, []).extend(pile)
+    ordered = sorted(by_fidelity.values(), key=lambda rows: (len(rows), repr(rows[0].fidelity)))
     taken: list[_Row] = []
-    left = MOST_ROWS
-    ordered = sorted(piles.values(), key=lambda pile: (len(pile), repr(pile[0].fidelity)))
-    for index, pile in enumerate(ordered):
-        part = pile[: left // (len(ordered) - index)]
-        taken, left = taken + part, left - len(part)
+    for index, rows in enumerate(ordered):
+        quota = (MOST_ROWS - len(taken)) // (len(ordered) - index)
+        taken += sorted(rows, key=lambda row: row.key)[:quota]
     return sorted(taken, key=lambda row: row.key)
 
 
