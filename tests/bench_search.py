@@ -36,7 +36,8 @@ from search.functions import BUILT_IN
 from wattier.errors import UserError
 
 DEFAULT_PROBLEMS = ",".join([*BUILT_IN, "nas-cora", "nas-arxiv"])
-DEFAULT_METHODS = ",".join(name for name in runs.METHODS if name != "gp")
+SLOW = ("gp", "ours-funnel")
+DEFAULT_METHODS = ",".join(name for name in runs.METHODS if name not in SLOW)
 
 
 def main() -> int:
@@ -107,7 +108,7 @@ def _options() -> argparse.Namespace:
         "--table", type=Path, action="append", default=[], help="a CSV; named, only tables are searched"
     )
     parser.add_argument(
-        "--methods", default=DEFAULT_METHODS, help=f"commas between; default: {DEFAULT_METHODS}; also gp, minutes a run"
+        "--methods", default=DEFAULT_METHODS, help=f"commas between; default: {DEFAULT_METHODS}; also {', '.join(SLOW)}"
     )
     parser.add_argument("--seeds", type=int, default=20, help="repeats of everything; default 20")
     parser.add_argument("--budget", type=float, default=60.0, help="in trainings of median cost; default 60")
