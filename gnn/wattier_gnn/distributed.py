@@ -59,6 +59,15 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(value: float, device: torch.device) -> float:
+    """The largest of the ranks' numbers, on every rank."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
 def from_rank_zero(value: float, device: torch.device) -> float:
     """Rank 0's number, on every rank."""
     if not dist.is_initialized():

@@ -42,12 +42,18 @@ app.add_typer(data_app, name="data")
 Target = Annotated[
     Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML config, or the run directory that one made.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print trials, joules, device-hours and disk of what is left; start nothing.")
+]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, such as configs/quickstart.yaml.")]
 
 
 @app.command()
-def run(target: Target) -> None:
+def run(target: Target, dry_run: DryRun = False) -> None:
     """Do everything that is left of a run: data, search, selection, training, evaluation, release, report."""
+    if dry_run:
+        _print_plan(target)
+        return
     with _opened(target) as (rundir, config, console):
         from wattier import run as steps
         from wattier.console import print_ledger, print_tiers
@@ -71,8 +77,11 @@ def status(target: Target) -> None:
 
 
 @app.command()
-def search(target: Target) -> None:
+def search(target: Target, dry_run: DryRun = False) -> None:
     """Prepare the data and run the stages of the search."""
+    if dry_run:
+        _print_plan(target)
+        return
     _step(target, lambda steps: steps.search)
 
 
@@ -183,6 +192,21 @@ def config_params(config: ConfigPath) -> None:
         with torch.device("meta"):  # shapes without memory
             module = PublishedEGNN(published)
         typer.echo(f"{name} {count_parameters(module)}")
+
+
+def _print_plan(target: Path) -> None:
+    """What is left to do and what it will cost; nothing is started or written."""
+    from wattier.config import load_config
+    from wattier.console import make_console, print_plan
+    from wattier.costs import costs_of
+    from wattier.plan import plan_info, store_for_plan
+    from wattier.rundir import RunDir
+
+    config = RunDir.open(target).config() if target.is_dir() else load_config(target)
+    rundir = RunDir(Path(config.run_dir).expanduser())
+    store = store_for_plan(rundir, config)
+    info = plan_info(rundir, config, costs_of(rundir, config, store), store)
+    print_plan(info, make_console())
 
 
 def _step(target: Path, step: Callable[[Any], Callable[..., Any]]) -> None:

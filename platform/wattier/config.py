@@ -13,10 +13,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from wattier.config_combinations import refuse_wrong_combinations
 from wattier.config_errors import explain
+from wattier.config_search import BudgetSection, SearchSection
 from wattier.config_space import (
     ChoiceParameter,
     NonNegativeFloat,
-    Parameter,
+    PathText,
     Positive,
     PositiveFloat,
     RangeParameter,
@@ -25,7 +26,6 @@ from wattier.config_space import (
 from wattier.errors import UserError, did_you_mean
 from wattier.strict_yaml import read_yaml
 
-PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 SourceName = Literal["ani1x", "qm7x", "oc20", "oc22", "mptrj", "extxyz", "ase_db"]
 
 
@@ -62,12 +62,6 @@ class DataSection(Section):
     neighbors: Literal["precomputed", "on_the_fly"] = "precomputed"
     placement: Literal["mapped", "spread"] = "mapped"
 
-    @model_validator(mode="after")
-    def _something_to_read(self) -> Self:
-        if not self.sources and self.store is None:
-            raise ValueError("sources is {} and store is null, but one must be given. Name at least one source")
-        return self
-
 
 class ModelSection(Section):
     """The network; a key that is also in `search.space` takes its value from the trial.
@@ -100,6 +94,7 @@ class TrainingSection(Section):
     warmup_steps, warmup_epochs: the learning rate rises from 0 for so long. schedule: plateau, or a cosine to the end.
     sharding: none = a copy of the model a rank (DDP), fsdp = a part of it a rank.
     checkpoint_seconds: time between two checkpoints within an epoch. prefetch_batches: read ahead in the background.
+    power_cap_ratio: the power limit of each GPU while it trains, as a part of its default limit; null = as it is.
     """
 
     batch_structures: Positive = 32
@@ -127,63 +122,11 @@ class TrainingSection(Section):
     sharding: Literal["none", "fsdp"] = "none"
     checkpoint_seconds: PositiveFloat = 300.0
     prefetch_batches: Annotated[int, Field(ge=0, le=64)] = 2
+    power_cap_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
 
-
-class StageSection(Section):
-    """One rung of the funnel. structures: null = all training structures. promote: trials of the stage before that run
-    again at this fidelity; `trials` counts them too. reduction_factor: null = no early stopping inside the stage."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
-    trials: Annotated[int, Field(gt=0, le=100_000)]
-    structures: Positive | None = None
-    epochs: Positive = 1
-    ranks: Positive = 1
-    promote: Annotated[int, Field(ge=0)] = 0
-    reduction_factor: Annotated[int, Field(ge=2)] | None = 3
-
-    @model_validator(mode="after")
-    def _promote_at_most_trials(self) -> Self:
-        if self.promote > self.trials:
-            raise ValueError(f"promote is {self.promote}, but must be at most trials, {self.trials}")
-        return self
-
-
-class SearchSection(Section):
-    """The funnel of stages. Objectives are always validation loss and joules, both minimised, within one stage."""
-
-    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
-    max_concurrent: Positive | None = None
-    space: dict[str, Parameter]
-    stages: list[StageSection] = Field(min_length=1)
-
-    @field_validator("space")
-    @classmethod
-    def _known_parameters(cls, space: dict[str, Any]) -> dict[str, Any]:
-        known = {**ModelSection.model_fields, **TrainingSection.model_fields}
-        for name, parameter in space.items():
-            if name not in known:
-                hint = did_you_mean(name, known) or f" Known are {', '.join(sorted(known))}"
-                raise ValueError(f"unknown parameter {name!r}.{hint}")
-            _refuse_forbidden_values(name, parameter)
-        return space
-
-    @model_validator(mode="after")
-    def _stage_names_differ(self) -> Self:
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) < len(names) or {"full"} & set(names):
-            raise ValueError(f"stage names are {names}, but must all differ, and none may be 'full'")
-        return self
-
-    @model_validator(mode="after")
-    def _promoted_exist(self) -> Self:
-        trials = 0
-        for stage in self.stages:
-            if stage.promote > trials:
-                raise ValueError(
-                    f"stage {stage.name!r} promotes {stage.promote} trials of the stage before, but that has {trials}"
-                )
-            trials = stage.trials
-        return self
+    def for_trainer(self) -> dict[str, Any]:
+        """The settings that the trainer itself is given."""
+        return self.model_dump(exclude={"power_cap_ratio"})
 
 
 def field_type(name: str) -> Any:
@@ -194,19 +137,33 @@ def field_type(name: str) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
+def check_space(space: dict[str, RangeParameter | ChoiceParameter]) -> None:
+    """Refuse what is no setting of a model or its training, or reaches a value that it cannot have.
+
+    Raises:
+        ValueError: the first problem, with its place.
+    """
+    known = {**ModelSection.model_fields, **TrainingSection.model_fields}
+    for name, parameter in space.items():
+        if name not in known:
+            hint = did_you_mean(name, known) or f" Known are {', '.join(sorted(known))}"
+            raise ValueError(f"search.space: unknown parameter {name!r}.{hint}")
+        _refuse_forbidden_values(name, parameter)
+
+
 def _refuse_forbidden_values(name: str, parameter: RangeParameter | ChoiceParameter) -> None:
     """What a trial could not be built from is refused before any trial starts."""
     values = parameter.choices if isinstance(parameter, ChoiceParameter) else [parameter.low, parameter.high]
     step = parameter.step if isinstance(parameter, RangeParameter) else None
     if field_type(name) is int and not float(step or 1).is_integer():
-        raise ValueError(f"step of {name} is {step}, but must be a whole number, as {name} is")
+        raise ValueError(f"search.space: step of {name} is {step}, but must be a whole number, as {name} is")
     section = ModelSection if name in ModelSection.model_fields else TrainingSection
     for value in values:
         try:
             section.model_validate({name: value})
         except ValidationError as error:
             reason = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
-            raise ValueError(f"{name} reaches {value!r}, but {reason}") from error
+            raise ValueError(f"search.space: {name} reaches {value!r}, but {reason}") from error
 
 
 class SelectSection(Section):
@@ -226,26 +183,30 @@ class FullTrainingSection(Section):
     """Training of the picked trials to convergence on all training structures.
 
     warm_start: begin from the best weights that the trial had in the last stage, whose joules are already paid.
+    budget: what all members together may cost, apart from the search; null = no limit.
     """
 
     epochs: Positive = 1000
     early_stop_patience: Positive = 10
     ranks: Positive = 1
     warm_start: bool = False
+    budget: BudgetSection | None = None
 
 
 class ResourcesSection(Section):
     """What one rank of a trial gets. gpus_per_rank: at most 1; null = one GPU, or equal parts where there are fewer.
-    address: of a running Ray cluster, or null for a private one on this machine."""
+    address: of a running Ray cluster, or null for a private one on this machine. allow_power_cap: whether trials may
+    set power limits of GPUs, which are put back afterwards."""
 
     cpus_per_rank: Positive = 1
     gpus_per_rank: Annotated[float, Field(ge=0, le=1)] | None = None
     address: str | None = None
     retries: Annotated[int, Field(ge=0)] = 1
+    allow_power_cap: bool = False
 
 
 class TelemetrySection(Section):
-    """Where joules come from: auto, nvml, amd, rapl, cray, estimated, or replay:FILE.
+    """Where joules come from: auto, nvml, amd, rapl, cray, estimated, or replay:FILE; stated = your own trial says.
 
     throttled_share: a trial whose devices were throttled for a larger share of its time is flagged in its record,
     since its joules and seconds are not comparable. exporter: serve Prometheus metrics on every node that runs trials,
@@ -292,13 +253,17 @@ class TelemetrySection(Section):
 
 
 class RunConfig(Section):
-    """A whole run, from data to release."""
+    """A whole run, from data to release.
+
+    trial: the training function of a model of your own, as module:function; null = Wattier's models, which need `data`.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
     run_dir: PathText
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     launcher: Literal["ray", "inline"] = "ray"
-    data: DataSection
+    trial: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_<][\w.<>]*$")] | None = None
+    data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     training: TrainingSection = TrainingSection()
     search: SearchSection
@@ -309,6 +274,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
+        if self.trial is None:
+            check_space(self.search.space)
         refuse_wrong_combinations(self)
         return self
 

@@ -14,11 +14,40 @@ def refuse_wrong_combinations(config: RunConfig) -> None:
     Raises:
         ValueError: the first problem, with its place.
     """
+    if config.trial is not None:
+        _nothing_of_our_models(config)
+        return
+    _something_to_read(config)
+    _joules_are_measured(config)
     _a_structure_for_each_rank(config)
     _weights_of_all_sources(config)
     _one_warm_up(config)
     _whole_weights_for_gradients(config)
     _whole_gpus_for_shards(config)
+    _power_caps_where_allowed(config)
+
+
+def _something_to_read(config: RunConfig) -> None:
+    if not config.data.sources and config.data.store is None:
+        raise ValueError(
+            "data: sources is {} and store is null, but one must be given. Name at least one source, or, for a model "
+            "of your own, its training function: trial"
+        )
+
+
+def _joules_are_measured(config: RunConfig) -> None:
+    if config.telemetry.source == "stated":
+        raise ValueError(
+            "telemetry.source is stated, but only a trial of your own can state its joules. Set source to auto"
+        )
+
+
+def _nothing_of_our_models(config: RunConfig) -> None:
+    if "projected_joules" in config.search.objectives:
+        raise ValueError(
+            "search.objectives names projected_joules, to train to convergence, which is not known of a trial of your "
+            "own. Name energy_joules"
+        )
 
 
 def reached(config: RunConfig, name: str) -> list[Any]:
@@ -80,4 +109,20 @@ def _whole_gpus_for_shards(config: RunConfig) -> None:
         raise ValueError(
             f"training.sharding is fsdp and resources.gpus_per_rank is {gpus}, but ranks that hold parts of a "
             "model must each have a whole GPU. Set gpus_per_rank to 1, or sharding to none"
+        )
+
+
+def _power_caps_where_allowed(config: RunConfig) -> None:
+    if all(ratio is None for ratio in reached(config, "power_cap_ratio")):
+        return
+    if not config.resources.allow_power_cap:
+        raise ValueError(
+            "power_cap_ratio is given, which sets power limits, but resources.allow_power_cap is false. Set it to true "
+            "if you may set those of the GPUs, or remove power_cap_ratio"
+        )
+    gpus = config.resources.gpus_per_rank
+    if gpus is not None and gpus < 1:
+        raise ValueError(
+            f"power_cap_ratio is given and resources.gpus_per_rank is {gpus:g}, but a power limit acts on all who "
+            "share a GPU. Set gpus_per_rank to 1, or remove power_cap_ratio"
         )

@@ -16,13 +16,17 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from wattier.budget import Budget
+from wattier.config import RunConfig
+from wattier.funnel import stage_end, stage_names
 from wattier.ledger import LedgerInfo, ledger_info
 from wattier.records import TrialResult
 from wattier.rundir import RunDir, read_json_lines
-from wattier.units import format_joules, format_ratio
-from wattier.views import selection_info
+from wattier.units import UNKNOWN, format_bytes, format_joules, format_ratio, format_seconds, three_digits
+from wattier.views import projection_info, selection_info
 
 if TYPE_CHECKING:
+    from wattier.plan import PlanInfo
     from wattier_gnn.pool import Progress
 
 LIVE_REFRESH_SECONDS = 1.0
@@ -45,9 +49,9 @@ COLUMNS_OF_LEDGER: tuple[tuple[str, JustifyMethod], ...] = (
 class RunConsole:
     """Progress of a run. Use as a context manager: in a terminal it shows the running trials live."""
 
-    def __init__(self, run: RunDir, console: Console | None = None) -> None:
+    def __init__(self, run: RunDir, console: Console | None = None, *, quiet: bool = False) -> None:
         self.run = run
-        self.console = console or make_console()
+        self.console = console or make_console(quiet=quiet)
         self._started = time.monotonic()
         self._live: Live | None = None
         self._status = Text()
@@ -161,10 +165,10 @@ class _Seldom:
             self._say(progress_text(done))
 
 
-def make_console() -> Console:
+def make_console(*, quiet: bool = False) -> Console:
     """A terminal's own width; a fixed one where there is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    console = Console(highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(highlight=False, quiet=quiet, width=PLAIN_WIDTH)
 
 
 def running_table(path: Path) -> Table:
@@ -230,6 +234,44 @@ def ledger_table(info: LedgerInfo) -> Table:
     return table
 
 
+def print_plan(info: PlanInfo, console: Console) -> None:
+    """What is left of a run, and what it will cost."""
+    table = Table(title="What is left to do", title_justify="left", title_style="bold")
+    for name in ("phase", "trials", "each trained on", "energy", "between", "device-hours", "disk"):
+        table.add_column(name, justify="left" if name in ("phase", "each trained on") else "right")
+    for row in (*info.phases, info.total):
+        if row is info.total:
+            table.add_section()
+        structures = "all" if row.fidelity.structures is None else f"{row.fidelity.structures:,}"
+        ranks = f", {row.fidelity.ranks} ranks" if row.fidelity.ranks > 1 else ""
+        each = f"{structures} structures, {row.fidelity.epochs} epochs{ranks}" if row.fidelity.epochs else ""
+        known = row.joules is not None
+        between = f"{format_joules(row.joules_low)} and {format_joules(row.joules_high)}" if known else ""
+        hours = three_digits(row.device_hours) if row.device_hours is not None else UNKNOWN
+        disk = UNKNOWN if row.disk_bytes is None else format_bytes(row.disk_bytes)
+        trials = f"{row.trials:,}"
+        table.add_row(row.phase, trials, each, format_joules(row.joules), between, hours, disk)
+    console.print(table)
+    console.print(Text(f"Rests on: {info.basis}. Two trials in three should lie between the bounds."))
+    if info.total.stops and info.total.trials:
+        console.print(Text("No trial stopped early: schedulers and early stopping make it less."))
+    for name, limit in (("search.budget", info.search_joules), ("full_training.budget", info.full_joules)):
+        if limit is not None:
+            console.print(Text(f"{name}: at most {format_joules(limit)}, over restarts."))
+
+
+def _spent(run: RunDir, config: RunConfig) -> str:
+    budget, spent = config.search.budget, Budget(config.search.budget, run, stage_names(config)).spent()
+    parts = []
+    if budget is not None and budget.energy_joules is not None:
+        parts.append(f"{format_joules(spent.joules)} of {format_joules(budget.energy_joules)}")
+    if budget is not None and budget.seconds is not None:
+        parts.append(f"{format_seconds(spent.seconds)} of {format_seconds(budget.seconds)}")
+    if budget is not None and budget.trials is not None:
+        parts.append(f"{spent.trials} of {budget.trials} trials")
+    return f"{', '.join(parts)} spent" if parts else "no limit"
+
+
 def print_status(run: RunDir, console: Console) -> None:
     """Where a run stands."""
     config = run.config()
@@ -240,6 +282,13 @@ def print_status(run: RunDir, console: Console) -> None:
         counts["throttled"] = sum(result.throttled for result in results)
         known = ", ".join(f"{n} {status}" for status, n in counts.items() if n) or "nothing yet"
         console.print(Text(f"  search:{stage.name}: {len(results)}/{stage.trials} trials, {known}"))
+        if (end := stage_end(run, stage.name)) is not None:
+            console.print(Text(f"    {end['missing']} trials were not started: {end['reason']}"))
+    for row in projection_info(run):
+        error = format_ratio(row.median_error_ratio)
+        console.print(Text(f"  projected joules of {row.stage}: half of {row.trials} off by less than {error}"))
+    if config.search.budget is not None:
+        console.print(Text(f"  search budget: {_spent(run, config)}"))
     selection = run.selection()
     console.print(Text(f"  selection: {', '.join(selection.picked) if selection else 'not yet'}"))
     full = run.trials("full")

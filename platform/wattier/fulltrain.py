@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from wattier.budget import Budget
 from wattier.config import RunConfig
+from wattier.costs import Costs, refuse_small_training_budget
 from wattier.errors import UserError
+from wattier.funnel import run_stage
 from wattier.launch import Launcher, Stage
+from wattier.policy import FixedPolicy
 from wattier.records import Fidelity, Proposal, Selection, TrialResult
-from wattier.rundir import FULL_STAGE, RunDir
-from wattier.search import FixedPolicy, run_stage
+from wattier.rundir import FULL_STAGE, RunDir, append_json_line
 from wattier.trial import RunTrial
 
 
-def train_members(
-    run: RunDir, config: RunConfig, launcher: Launcher, run_trial: RunTrial, on_result: Callable[[TrialResult], None]
+def train_members(  # noqa: PLR0913, PLR0917  (what runs, who listens, who knows the price)
+    run: RunDir,
+    config: RunConfig,
+    launcher: Launcher,
+    run_trial: RunTrial,
+    on_result: Callable[[TrialResult], None],
+    costs: Costs | None = None,
 ) -> list[TrialResult]:
     """Train every picked trial that is not trained yet; the complete members, in the order of the selection.
+
+    One that the budget of full training does not pay for gets the record of a failed one; the next command, perhaps
+    with a larger budget, tries it again.
 
     Raises:
         UserError: nothing is selected yet, or no member could be trained.
@@ -34,13 +45,20 @@ def train_members(
         seeds={trial_id: config.seed + index for index, trial_id in enumerate(selection.picked)},
     )
 
-    def policy() -> FixedPolicy:
-        return FixedPolicy([Proposal(t, params[t]) for t in untrained(run, selection)])
+    due = [Proposal(trial_id, params[trial_id]) for trial_id in untrained(run, selection)]
+    if costs is not None and due:
+        refuse_small_training_budget(run, config, costs, [proposal.params for proposal in due], stage.fidelity)
+    budget = Budget(full.budget, run, [FULL_STAGE])
+    policy = FixedPolicy(due, fidelity=stage.fidelity, budget=budget, costs=costs)
 
     def is_done(result: TrialResult) -> bool:
         return result.trial_id in selection.picked and result.status != "failed"
 
-    run_stage(stage, policy, launcher, run_trial, on_result, is_done)
+    run_stage(stage, lambda: policy, launcher, run_trial, on_result, is_done)
+    for trial_id, reason in policy.refused.items():
+        result = stage.outcome(Proposal(trial_id, params[trial_id]), f"not started: {reason} (full_training.budget)")
+        append_json_line(run.trials_path, result.to_dict())
+        on_result(result)
     return trained_members(run)
 
 

@@ -8,7 +8,8 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
@@ -19,15 +20,24 @@ from wattier.errors import UserError
 from wattier.node_exporters import ExporterPlan, NodeExporters, ThisNode
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
 from wattier.rundir import RunDir, decode, read_json, write_json
-from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result
+from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result, judged
 from wattier_gnn.distributed import World
+
+
+class NotNow(Enum):
+    """A policy's answer while it waits for a running trial to end."""
+
+    LATER = "later"
+
+
+LATER = NotNow.LATER
 
 
 class Policy(Protocol):
     """What to try next, and whether to go on with it. One thread calls it."""
 
-    def propose(self) -> Proposal | None:
-        """The next trial to start, or None when there is none left."""
+    def propose(self) -> Proposal | NotNow | None:
+        """The next trial to start, None when there is none left, or LATER, which needs a trial that runs."""
 
     def on_epoch(self, trial_id: str, record: EpochRecord) -> bool:
         """Whether a trial may go on after an epoch; told the same epoch twice it gives the same answer."""
@@ -64,7 +74,7 @@ class Stage:
         folder = self.run.trial_folder(self.fidelity.stage, proposal.trial_id)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").unlink(missing_ok=True)
-        write_json(folder / "trial.json", {"trial_id": proposal.trial_id, "params": proposal.params})
+        write_json(folder / "trial.json", asdict(proposal))
         return self.spec(proposal)
 
     def outcome(self, proposal: Proposal, error: str | None) -> TrialResult:
@@ -78,7 +88,7 @@ class Stage:
     def recorded(self, path: Path) -> TrialResult:
         """What a ``result.json`` holds; a user's own trial need not know what counts as throttled."""
         result = decode(path, TrialResult.from_dict, read_json(path))
-        return result.flagged(self.config.telemetry.throttled_share)
+        return judged(result, self.config)
 
 
 OnResult = Callable[[TrialResult], None]
@@ -112,6 +122,8 @@ class InlineLauncher:
         check_local_resources(stage)
         self._exporters.ensure(ExporterPlan.of(stage.run, stage.config.telemetry))
         while (proposal := policy.propose()) is not None:
+            if proposal is LATER:
+                raise RuntimeError("the policy waits for a trial to end, but none runs")
             spec = stage.open_trial(proposal)
             error = self._run_one(stage, spec, policy, run_trial)
             result = stage.outcome(proposal, error)

@@ -44,6 +44,15 @@ def metered(  # noqa: PLR0913  (most are keywords)
         source.close()
 
 
+def check_source(telemetry: TelemetrySection) -> None:
+    """Open the config's source once, so that one that is not there is refused before any trial starts.
+
+    Raises:
+        SourceUnavailable: with what to do.
+    """
+    _open_source(telemetry, on_gpu=torch.cuda.is_available()).close()
+
+
 def _wait_for_cuda() -> None:
     """Wait for the work that was queued; before the first work there is no context, and asking would make one."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

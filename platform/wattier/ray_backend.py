@@ -40,6 +40,7 @@ from wattier import broken_amdsmi
 from wattier.config import ResourcesSection
 from wattier.errors import UserError
 from wattier.launch import (
+    NotNow,
     OnResult,
     Policy,
     Stage,
@@ -295,6 +296,8 @@ def _searcher(driver: _Driver) -> Any:
             proposal = driver.policy.propose()
             if proposal is None:
                 return Searcher.FINISHED
+            if isinstance(proposal, NotNow):
+                return None  # Tune asks again
             driver.started[trial_id] = proposal
             return {"spec": driver.stage.open_trial(proposal)}
 

@@ -34,10 +34,12 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial to run: its identity and its hyper-parameters."""
+    """A trial to run: its identity, its hyper-parameters, and what it is expected to cost; None = nobody knows."""
 
     trial_id: str
     params: Params
+    projected_joules: float | None = None
+    projected_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class EpochRecord:
     val_by_source: dict[str, dict[str, float | None]]
     structures_seen: int
     seconds: float
-    learning_rate: float
+    learning_rate: float | None
     energy_joules: float | None = None
     time_seconds: float | None = None  # seconds since the epoch (Unix), when the line was written
     data_wait_seconds: float | None = None  # of `seconds`, those in which training waited for its batches
@@ -72,6 +74,9 @@ class TrialResult:
 
     throttled_ratio: share of device time under the most frequent throttle reason, None = no device can say.
     throttled: it was more than the config allows, so the joules and seconds are not comparable.
+    projected_joules: what the whole trial was expected to cost before it started.
+    peak_memory_bytes: of the rank that used most: on the GPU where it ran on one, else of its process.
+    limit_ratios: what it used of each of `search.constraints`, over what is allowed; above 1 = too much.
     """
 
     run: str
@@ -94,11 +99,33 @@ class TrialResult:
     diverged: bool = False
     throttled_ratio: float | None = None
     throttled: bool = False
+    projected_joules: float | None = None
+    peak_memory_bytes: int | None = None
+    limit_ratios: dict[str, float] = field(default_factory=dict)
 
-    def flagged(self, throttled_share: float) -> TrialResult:
-        """The same result, which says whether its devices were throttled for more than a share of the time."""
-        ratio = self.energy.throttled_ratio
-        return replace(self, throttled_ratio=ratio, throttled=ratio is not None and ratio > throttled_share)
+    def flagged(
+        self, throttled_share: float, *, limits: Mapping[str, float] | None = None, capped: bool = False
+    ) -> TrialResult:
+        """The same result, which says whether it is comparable, and what it used of each limit.
+
+        Args:
+            throttled_share: the largest share of device time under a throttle reason that is still comparable, 0 to 1.
+            limits: what a trial may use at most: memory_bytes, wall_seconds, mean_watts.
+            capped: a power cap is what was tried, so being held down by it does not count.
+        """
+        ratio = self.energy.throttled_ratio_but("power_cap") if capped else self.energy.throttled_ratio
+        used = {
+            "memory_bytes": self.peak_memory_bytes, "wall_seconds": self.wall_seconds, "mean_watts": self.mean_watts
+        }  # fmt: skip
+        ratios = {name: value / limit for name, limit in (limits or {}).items() if (value := used[name]) is not None}
+        throttled = ratio is not None and ratio > throttled_share
+        return replace(self, throttled_ratio=ratio, throttled=throttled, limit_ratios=ratios)
+
+    @property
+    def mean_watts(self) -> float | None:
+        """Power of all ranks together, over the time under the meter, W."""
+        joules = self.energy.joules
+        return joules / self.wall_seconds if joules is not None and self.wall_seconds > 0 else None
 
     @property
     def energy_joules(self) -> float | None:

@@ -70,6 +70,7 @@ def _context(run: RunDir) -> dict[str, Any]:
         "trials": trials,
         "varied": _varied(trials),
         "ledger": ledger,
+        "projections": views.projection_info(run),
         "phases": [(phase, _share(phase, ledger.total.joules)) for phase in ledger.phases],
         "selection": selection,
         "evaluation": evaluation,

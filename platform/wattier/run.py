@@ -9,19 +9,23 @@ from typing import Protocol
 import torch
 
 from wattier.config import RunConfig
+from wattier.costs import costs_of, refuse_small_budget
 from wattier.errors import UserError
 from wattier.evaluate import evaluate_run, member_summary
 from wattier.fulltrain import train_members, trained_members, untrained
+from wattier.funnel import is_over, run_search, stage_end
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
-from wattier.metering import metered
+from wattier.metering import check_source, metered
+from wattier.objectives import Converge, Objectives
+from wattier.own_model import STATED, own_trial_of
+from wattier.power_cap import check_power_caps
 from wattier.prepare import prepare_data
-from wattier.records import Fidelity, Selection, TrialResult
+from wattier.records import Fidelity, Params, Selection, TrialResult
 from wattier.release import export_release
 from wattier.report import write_report
 from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
-from wattier.search import run_search
 from wattier.select import select_trials
-from wattier.trial import run_trial, settings_of
+from wattier.trial import RunTrial, run_trial, settings_of
 from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.pool import Progress
 from wattier_gnn.splits import TRAIN
@@ -46,26 +50,57 @@ class Listener(Protocol):
 
 def search(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener) -> None:
     """Run the stages of the funnel."""
-    totals = {stage.name: stage.trials for stage in config.search.stages}
-    if all(len(run.trials(name)) >= total for name, total in totals.items()):
+    if all(is_over(run, config, stage) for stage in config.search.stages):
         return
     _check_stages(run, config)
-    prepare_data(run, config, listener)
+    store = prepare_data(run, config, listener) if config.trial is None else None
+    run_funnel(run, config, launcher, trial_of(config), store, listener)
+
+
+def run_funnel(  # noqa: PLR0913, PLR0917  (what runs, on what, and who hears of it)
+    run: RunDir,
+    config: RunConfig,
+    launcher: Launcher,
+    train_one: RunTrial,
+    store: Store | None,
+    listener: Listener,
+) -> None:
+    """Run the stages that are not over, and say which of them the budget ended."""
+    if all(is_over(run, config, stage) for stage in config.search.stages):
+        return
+    totals = {stage.name: stage.trials for stage in config.search.stages}
+    if config.telemetry.source != STATED and runs_here(config):
+        check_source(config.telemetry)
+    costs = costs_of(run, config, store)
+    if not run.trials():
+        refuse_small_budget(config, costs)
     listener.phase("search")
-    run_search(run, config, launcher, run_trial, _teller(run, totals, listener))
+    n_training = None if store is None else len(store.indices(TRAIN))
+    objectives = Objectives.of(config.search, _to_convergence(config, n_training))
+    tell = _teller(run, totals, listener)
+    run_search(run, config, launcher, train_one, tell, costs=costs, objectives=objectives, n_training=n_training)
+    for stage in config.search.stages:
+        if (end := stage_end(run, stage.name)) is not None:
+            listener.say(
+                f"stage {stage.name} ended with {end['missing']} of {stage.trials} trials not started: {end['reason']}"
+            )
+
+
+def trial_of(config: RunConfig) -> RunTrial:
+    """What trains one trial: Wattier's models, or the function that the config names."""
+    return run_trial if config.trial is None else own_trial_of(config.trial)
 
 
 def select(run: RunDir, config: RunConfig, listener: Listener) -> Selection:
     """Sort the finished trials of the last stage into tiers; a selection that still holds is left as it is."""
     stage = config.search.stages[-1]
     missing = stage.trials - len(run.trials(stage.name))
-    if missing > 0:
+    if missing > 0 and stage_end(run, stage.name) is None:
         raise UserError(
             f"{run.path}: {missing} trials of stage {stage.name!r} are not done. Run `wattier search` first."
         )
-    selection = select_trials(
-        run.trials(), config.select, stage=stage.name, project=_projection(Store(run.store_path), config)
-    )
+    project = _not_projected if config.trial is not None else _projection(Store(run.store_path), config)
+    selection = select_trials(run.trials(), config.select, stage=stage.name, project=project)
     if run.selection() != selection:
         listener.phase("selection")
         write_json(run.selection_path, selection.to_dict())
@@ -79,7 +114,8 @@ def train(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener
     totals = {FULL_STAGE: len(selection.picked) if selection else 0}
     if selection and untrained(run, selection):
         listener.phase("full training")
-    members = train_members(run, config, launcher, run_trial, _teller(run, totals, listener))
+    costs = costs_of(run, config, Store(run.store_path))
+    members = train_members(run, config, launcher, run_trial, _teller(run, totals, listener), costs)
     if missing := totals[FULL_STAGE] - len(members):
         listener.say(f"warning: {missing} of {totals[FULL_STAGE]} picks failed to train and are no members; see above")
     return members
@@ -101,6 +137,9 @@ def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listen
     """Everything, from data to release; False when there was nothing left to do."""
     search(run, config, launcher, listener)
     select(run, config, listener)
+    if config.trial is not None:  # what is chosen is trained by whoever wrote the function
+        write_report(run)
+        return True
     train(run, config, launcher, listener)
     evaluate(run, config, listener)
     if _is_up_to_date(run):
@@ -132,15 +171,30 @@ def _projection(store: Store, config: RunConfig) -> Callable[[TrialResult], floa
 
     An early stop makes the truth smaller; other ranks than the stage's make it larger or smaller.
     """
-    n_training, epochs = len(store.indices(TRAIN)), config.full_training.epochs
+    converge = _to_convergence(config, len(store.indices(TRAIN)))
 
     def project(result: TrialResult) -> float | None:
         if result.energy_joules is None or not result.structures_seen:
             return None
-        structures = settings_of(config, result.params)[1].epoch_structures or n_training
-        return result.energy_joules / result.structures_seen * structures * epochs
+        return converge(result.params, result.energy_joules / result.structures_seen)
 
     return project
+
+
+def _not_projected(_: TrialResult) -> float | None:
+    return None
+
+
+def _to_convergence(config: RunConfig, n_training: int | None) -> Converge:
+    """Joules of full training from joules a structure."""
+
+    def converge(params: Params, joules_per_structure: float) -> float | None:
+        if n_training is None:
+            return None
+        structures = settings_of(config, params)[1].epoch_structures or n_training
+        return joules_per_structure * structures * config.full_training.epochs
+
+    return converge
 
 
 def _check_stages(run: RunDir, config: RunConfig) -> None:
@@ -150,6 +204,7 @@ def _check_stages(run: RunDir, config: RunConfig) -> None:
         full = config.full_training
         for fidelity in [*fidelities, Fidelity(FULL_STAGE, None, full.epochs, full.ranks)]:
             check_local_resources(Stage(run, config, fidelity, n_trials=0))
+        check_power_caps(config)
 
 
 def _teller(run: RunDir, totals: dict[str, int], listener: Listener) -> Callable[[TrialResult], None]:

@@ -23,6 +23,11 @@ FULL_STAGE = "full"
 START_UP_PHASE = "start-up"  # what processes do once, before their first trial
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a submitted job
 T = TypeVar("T")
+_MAY_CHANGE = {
+    "search": ("budget", "max_concurrent", "storage"),
+    "full_training": ("budget",),
+    "resources": ("address", "retries"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +44,7 @@ class RunDir:
         self.path = path.absolute()
         self.config_path = self.path / "config.yaml"
         self.trials_path = self.path / "trials.jsonl"
+        self.search_path = self.path / "search.json"
         self.selection_path = self.path / "selection.json"
         self.evaluation_path = self.path / "evaluation.json"
         self.report_path = self.path / "report.html"
@@ -67,7 +73,10 @@ class RunDir:
                     f"{run.path}: holds a run of another config{_first_difference(there, text)}. "
                     "Set another run_dir, or remove the folder to start over."
                 )
-            if there == text or run.has_begun():
+            if there == text:
+                return run
+            if run.has_begun():
+                write_text(run.config_path, text)  # the same run in other words, or with another budget
                 return run
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -271,11 +280,22 @@ def _warn_of_torn_line(path: Path, number: int) -> None:
 
 
 def _is_same(path: Path, config: RunConfig) -> bool:
-    """Whether a file says the same in other words, as one does that an earlier version wrote, with fewer settings."""
+    """Whether a file says the same in other words, as one does that an earlier version wrote, with fewer settings.
+
+    What may be spent, and on which machine, does not make another run of it.
+    """
     try:
-        return load_config(path) == config
+        return _essence(load_config(path)) == _essence(config)
     except UserError:
         return False
+
+
+def _essence(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump()
+    for section, names in _MAY_CHANGE.items():
+        for name in names:
+            del values[section][name]
+    return values
 
 
 def _first_difference(old: str, new: str) -> str:

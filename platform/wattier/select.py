@@ -23,6 +23,7 @@ _ADVICE = {
     "diverged": "Lower the upper end of learning_rate in search.space, in a new run_dir.",
     "failed": "Read error.txt in their folders, mend the cause and run again in a new run_dir.",
     "interrupted": "Run the same command again to finish them.",
+    "over a limit": "Raise search.constraints, in a new run_dir, or take what is dear out of search.space.",
     "energy unknown": "Run `wattier-telemetry doctor`, or set telemetry.source to estimated.",
 }
 
@@ -92,13 +93,18 @@ def select_trials(
     )
 
 
-def split_candidates(trials: Sequence[TrialResult], *, stage: str) -> tuple[list[TrialResult], dict[str, Exclusion]]:
-    """Trials of a stage that may be compared, sorted by id, and why each other one may not."""
+def split_candidates(
+    trials: Sequence[TrialResult], *, stage: str, by_energy: bool = True
+) -> tuple[list[TrialResult], dict[str, Exclusion]]:
+    """Trials of a stage that may be compared, sorted by id, and why each other one may not.
+
+    by_energy: whether joules are compared too, which must then be known and measured alike.
+    """
     of_stage = sorted((t for t in trials if t.fidelity.stage == stage), key=lambda t: t.trial_id)
-    excluded = {t.trial_id: why for t in of_stage if (why := _exclusion(t)) is not None}
+    excluded = {t.trial_id: why for t in of_stage if (why := _exclusion(t, by_energy=by_energy)) is not None}
     candidates = [t for t in of_stage if t.trial_id not in excluded]
-    if not candidates:
-        return [], excluded
+    if not candidates or not by_energy:
+        return candidates, excluded
     sizes = Counter(_measured_as(t) for t in candidates)
     kept = max(sizes, key=lambda way: (sizes[way], -METHODS.index(way[0]), len(way[1]), way[1]))
     for trial in candidates:
@@ -108,13 +114,14 @@ def split_candidates(trials: Sequence[TrialResult], *, stage: str) -> tuple[list
     return [t for t in candidates if t.trial_id not in excluded], excluded
 
 
-def compare(candidates: Sequence[TrialResult]) -> Field:
-    """Rank candidates of one stage in (val_loss, energy_joules).
+def compare(candidates: Sequence[TrialResult], values: Sequence[tuple[float, ...]] | None = None) -> Field:
+    """Rank candidates of one stage in (val_loss, energy_joules), or in two other values of each.
 
     The reference point lies 10 % of each objective's range beyond the worst candidate, so that the ends of the front
     count too; contributions are ratios and so do not depend on the objectives' units.
     """
-    points = np.array([(t.val_loss, t.energy_joules) for t in candidates], dtype=np.float64)
+    own = [(t.val_loss, t.energy_joules) for t in candidates]
+    points = np.array(own if values is None else values, dtype=np.float64)
     low, high = points.min(axis=0), points.max(axis=0)
     size = np.where(high > 0, high, 1.0)
     spans = np.where(high > low, high - low, size)
@@ -134,7 +141,7 @@ def compare(candidates: Sequence[TrialResult]) -> Field:
     return Field(standings, hypervolume(points, corner), corner)
 
 
-def _exclusion(trial: TrialResult) -> Exclusion | None:
+def _exclusion(trial: TrialResult, *, by_energy: bool = True) -> Exclusion | None:
     progress = f"after {trial.epochs_done} of {trial.fidelity.epochs} epochs"
     by_status = {
         "pruned": Exclusion(_STOPPED, f"{_STOPPED} {progress}: its joules are not comparable"),
@@ -147,7 +154,10 @@ def _exclusion(trial: TrialResult) -> Exclusion | None:
         return by_status[trial.status]
     if trial.val_loss is None or not math.isfinite(trial.val_loss):
         return Exclusion("diverged", "diverged: its validation loss is not a number")
-    if not trial.energy_joules:
+    if over := {name: ratio for name, ratio in trial.limit_ratios.items() if ratio > 1}:
+        worst = max(over, key=lambda name: over[name])
+        return Exclusion("over a limit", f"used {over[worst]:.2f} times the {worst} that search.constraints allows")
+    if by_energy and not trial.energy_joules:
         why = "nothing could be measured" if trial.energy_joules is None else "its meter counted 0 J"
         return Exclusion("energy unknown", f"energy unknown: {why}")
     return None

@@ -21,6 +21,8 @@ import torch
 from wattier.config import ModelSection, RunConfig, TrainingSection
 from wattier.config_space import ChoiceParameter
 from wattier.metering import metered
+from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
+from wattier.power_cap import bill_with_remarks, cap_ratio, power_capped
 from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
 from wattier.rundir import (
     START_UP_PHASE,
@@ -32,7 +34,7 @@ from wattier.rundir import (
     write_json,
 )
 from wattier_gnn import checkpoint
-from wattier_gnn.distributed import World, barrier, process_group
+from wattier_gnn.distributed import World, barrier, largest, process_group
 from wattier_gnn.model import FoundationModel, ModelConfig, build_model, count_parameters
 from wattier_gnn.sampling import choose_subset
 from wattier_gnn.sharding import optimizer_state
@@ -108,6 +110,8 @@ def run_trial(context: TrialContext) -> TrialResult | None:
     rank = context.world.rank
     with ExitStack() as stack:
         warm_up(context)
+        ratio = cap_ratio(context.config, context.spec.proposal.params)
+        uncap = stack.enter_context(power_capped(context.folder, rank, context.gpus, ratio))
         meter, source = stack.enter_context(
             metered(
                 context.folder,
@@ -119,10 +123,11 @@ def run_trial(context: TrialContext) -> TrialResult | None:
             )
         )
         if rank == 0:
-            stack.enter_context(_own_folder(context.folder))
+            stack.enter_context(own_folder(context.folder))
         device = _device(context)
+        reset_peak_memory(device)
         stack.enter_context(process_group(context.world, device, exclusive_device=context.gpus >= 1))
-        registration = stack.enter_context(_registered(context, source))
+        registration = stack.enter_context(registered(context, source))
         trainer = _trainer(context, device, lambda: _bill_so_far(context, meter))
         stopped_by: BaseException | None = None
         try:
@@ -130,11 +135,13 @@ def run_trial(context: TrialContext) -> TrialResult | None:
         except SystemExit as stop:  # how Ray Tune tells a function that its scheduler stopped it
             state, stopped_by = trainer.state, stop
             state.ended = state.ended or "stopped"
+        memory_bytes = int(largest(peak_memory_bytes(device) or 0, device)) or None
         meter.close()
+        uncap()
         barrier()  # all ranks' bills are final from here on
         if rank != 0:
             return None
-        result = _result(context, trainer, state, started_at)
+        result = _result(context, trainer, state, started_at, memory_bytes)
         write_json(context.folder / "result.json", result.to_dict())
         if stopped_by is not None:
             raise stopped_by
@@ -227,7 +234,7 @@ def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
     epochs = run.epochs(spec.fidelity.stage, spec.proposal.trial_id)
     last = epochs[-1] if epochs else None
     energy = bill(folder)
-    return TrialResult(
+    result = TrialResult(
         run=config.name,
         trial_id=spec.proposal.trial_id,
         params=spec.proposal.params,
@@ -240,8 +247,10 @@ def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
         wall_seconds=energy.seconds,
         energy=energy,
         error=error,
-        attempts=_attempts(folder),
-    ).flagged(config.telemetry.throttled_share)
+        attempts=count_attempts(folder),
+        projected_joules=spec.proposal.projected_joules,
+    )
+    return judged(result, config)
 
 
 def _bill_so_far(context: TrialContext, meter: EnergyMeter) -> EnergyReport:
@@ -271,7 +280,7 @@ def _trainer(context: TrialContext, device: torch.device, bill_so_far: Callable[
             seed=spec.seed,
             val_energy_weight=config.training.energy_weight,
             val_force_weight=config.training.force_weight,
-            **training.model_dump(),
+            **training.for_trainer(),
         ),
         train_indices=choose_subset(store.indices(TRAIN), store.source_index, spec.fidelity.structures, config.seed),
         val_indices=store.indices(VAL),
@@ -298,7 +307,7 @@ def _on_epoch(context: TrialContext, report: EpochReport, registration: dict[str
 
 
 @contextmanager
-def _registered(context: TrialContext, source: PowerSource) -> Iterator[dict[str, Any]]:
+def registered(context: TrialContext, source: PowerSource) -> Iterator[dict[str, Any]]:
     """Make this rank visible to the node's exporter for as long as it lives; yields the fields to update."""
     spec = context.spec
     fields: dict[str, Any] = {
@@ -320,7 +329,7 @@ def _registered(context: TrialContext, source: PowerSource) -> Iterator[dict[str
 
 
 @contextmanager
-def _own_folder(folder: Path) -> Iterator[None]:
+def own_folder(folder: Path) -> Iterator[None]:
     """Wait until an orphan of a killed run has left the folder."""
     for _ in range(ORPHAN_WAIT_SECONDS * 10):
         with hold_lock(folder / "lock") as held:
@@ -339,15 +348,17 @@ def _device(context: TrialContext) -> torch.device:
     return torch.device("cuda", context.world.rank % torch.cuda.device_count())
 
 
-def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_at: str) -> TrialResult:
+def _result(
+    context: TrialContext, trainer: Trainer, state: TrainState, started_at: str, memory_bytes: int | None
+) -> TrialResult:
     """The record of a training that ended by itself or was stopped."""
     spec = context.spec
     status: Status = "pruned" if state.ended in ("stopped", "diverged") else "complete"
     diverged = state.ended == "diverged"
     epochs = {record["epoch"]: record for record in read_json_lines(context.folder / "epochs.jsonl")}
     best = epochs.get(state.best_epoch, {})
-    energy = bill(context.folder)
-    return TrialResult(
+    energy = bill_with_remarks(context.folder)
+    result = TrialResult(
         run=context.config.name,
         trial_id=spec.proposal.trial_id,
         params=spec.proposal.params,
@@ -364,10 +375,23 @@ def _result(context: TrialContext, trainer: Trainer, state: TrainState, started_
         checkpoint=str(trainer.best_path.relative_to(spec.run_dir)) if trainer.best_path.exists() else None,
         error="the validation loss is not finite" if diverged else None,
         started_at=started_at,
-        attempts=_attempts(context.folder),
+        attempts=count_attempts(context.folder),
         diverged=diverged,
-    ).flagged(context.config.telemetry.throttled_share)
+        projected_joules=spec.proposal.projected_joules,
+        peak_memory_bytes=memory_bytes,
+    )
+    return judged(result, context.config)
 
 
-def _attempts(folder: Path) -> int:
+def judged(result: TrialResult, config: RunConfig) -> TrialResult:
+    """The same result, held against what the config allows."""
+    return result.flagged(
+        config.telemetry.throttled_share,
+        limits=config.search.constraints.limits(),
+        capped=cap_ratio(config, result.params) is not None,
+    )
+
+
+def count_attempts(folder: Path) -> int:
+    """How often a trial was begun."""
     return max(1, len(list(folder.glob("*rank0.energy.json"))))

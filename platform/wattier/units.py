@@ -28,6 +28,14 @@ def format_seconds(seconds: float | None) -> str:
     return UNKNOWN
 
 
+def format_bytes(size: float) -> str:
+    """Bytes as B, kB, MB, GB or TB, to three digits."""
+    for limit, scale, unit in ((1e3, 1.0, "B"), (1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
+        if size < limit:
+            return f"{three_digits(size / scale)} {unit}"
+    return f"{three_digits(size / 1e12)} TB"
+
+
 def format_ratio(ratio: float | None) -> str:
     """A ratio as per cent; None is `unknown`."""
     if ratio is None or not math.isfinite(ratio):

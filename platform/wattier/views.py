@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any, NamedTuple
 
 from wattier.ledger import LedgerInfo, StatusEnergy, ledger_info, stages_in_order, trial_folders
@@ -18,6 +19,7 @@ __all__ = [
     "ParetoInfo",
     "ParetoPoint",
     "PickRow",
+    "ProjectionInfo",
     "SelectionInfo",
     "StatusEnergy",
     "TrialRow",
@@ -26,6 +28,7 @@ __all__ = [
     "learning_curves_info",
     "ledger_info",
     "pareto_info",
+    "projection_info",
     "selection_info",
     "trials_info",
 ]
@@ -107,6 +110,16 @@ class EvaluationInfo(NamedTuple):
     sources: dict[str, dict[str, Any]]
     calibration: dict[str, dict[str, Any]]
     parity: dict[str, dict[str, list[float | None]]]
+
+
+class ProjectionInfo(NamedTuple):
+    """What finished search trials cost against what was projected before they started."""
+
+    stage: str
+    trials: int
+    median_error_ratio: float  # of |measured - projected| / measured
+    joules: float
+    projected_joules: float
 
 
 class Curve(NamedTuple):
@@ -224,6 +237,22 @@ def learning_curves_info(run: RunDir) -> tuple[Curve, ...]:
                 )
             )
     return tuple(curves)
+
+
+def projection_info(run: RunDir) -> tuple[ProjectionInfo, ...]:
+    """How well joules were projected, stage by stage; stopped and retried trials did other work than was projected."""
+    found = []
+    for stage in stages_in_order(run, set()):
+        pairs = [
+            (trial.energy_joules, trial.projected_joules)
+            for trial in run.trials(stage)
+            if trial.status == "complete" and trial.attempts == 1 and trial.energy_joules and trial.projected_joules
+        ]
+        if pairs and stage != FULL_STAGE:  # full training ends when it has converged, which nobody projects
+            errors = [abs(joules - projected) / joules for joules, projected in pairs]
+            sums = [math.fsum(column) for column in zip(*pairs, strict=True)]
+            found.append(ProjectionInfo(stage, len(pairs), statistics.median(errors), sums[0], sums[1]))
+    return tuple(found)
 
 
 def _row(trial: TrialResult, selection: Selection | None) -> TrialRow:

@@ -1,5 +1,5 @@
 # ruff: noqa: T201  (printing is what a command line is for)
-"""The command ``wattier-telemetry``: doctor, read, watch, record, report, serve."""
+"""The command ``wattier-telemetry``: doctor, read, watch, record, report, serve, power-caps."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from dataclasses import asdict
 from wattier_telemetry.commands import make_parser
 from wattier_telemetry.doctor import diagnose, remarks
 from wattier_telemetry.exporter import ServeOptions, start
+from wattier_telemetry.power_cap import cap_states, restore_caps
+from wattier_telemetry.power_limit import Limits, PowerCapError
 from wattier_telemetry.recording.card import make_card
 from wattier_telemetry.recording.card_text import render, span
 from wattier_telemetry.recording.recorder import Recording, TraceWriter, record
@@ -37,13 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "record": _record,
         "report": _report,
         "serve": _serve,
+        "power-caps": _power_caps,
     }
     try:
         return commands[options.command](options)
     except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed into it at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except SourceUnavailable as error:
+    except (SourceUnavailable, PowerCapError) as error:
         message = str(error)
     except (ValueError, ImportError, OSError) as error:
         message = f"{options.command}: {error}"
@@ -57,9 +60,35 @@ def _doctor(_: Namespace) -> int:
         for line in (*finding.notes, finding.what_to_do):
             if line:
                 print(f"               {line}")
-    for remark in remarks():
+    for remark in (*remarks(), *_left_caps()):
         print(f"note           {remark}")
     return 0
+
+
+def _left_caps() -> list[str]:
+    """Put back what dead processes left capped, and say so."""
+    try:
+        return [done.text for done in restore_caps() if done.outcome != "in use"]
+    except PowerCapError as error:
+        return [str(error)]
+
+
+def _power_caps(options: Namespace) -> int:
+    done = restore_caps() if options.restore else []
+    for restoration in done:
+        print(restoration.text)
+    if options.restore:
+        return 2 if any(restoration.outcome == "problem" for restoration in done) else 0
+    for device, limits, remark in cap_states():
+        print(f"{device.uuid}  {device.name}  {_limits(limits)}{remark}")
+    return 0
+
+
+def _limits(limits: Limits | None) -> str:
+    if limits is None:
+        return ""
+    range_ = f"{limits.low_watts:g} to {limits.high_watts:g} W"
+    return f"{limits.limit_watts:g} W (by itself {limits.default_watts:g} W, can be set from {range_})  "
 
 
 def _read(options: Namespace) -> int:

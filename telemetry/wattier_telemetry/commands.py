@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Start with: wattier-telemetry doctor",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for add in (_doctor, _read, _watch, _record, _report, _serve):
+    for add in (_doctor, _read, _watch, _record, _report, _serve, _power_caps):
         add(commands)
     return parser
 
@@ -161,6 +161,19 @@ def _serve(commands: argparse._SubParsersAction[_Parser]) -> None:
         default=default.flush_seconds,
         metavar="SECONDS",
         help=f"what a kill may cost (default: {default.flush_seconds:g})",
+    )
+
+
+def _power_caps(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "power-caps",
+        "show the power limit of every GPU of this node, and who has capped it",
+        "wattier-telemetry power-caps",
+        "wattier-telemetry power-caps --restore   # also fit for the epilog of a batch system",
+    )
+    parser.add_argument(
+        "--restore", action="store_true", help="put back the limits of GPUs that dead processes left capped"
     )
 
 

@@ -290,8 +290,13 @@ class EnergyReport:
     @property
     def throttled_ratio(self) -> float | None:
         """Share of device time under the most frequent throttle reason, 0 to 1; None = no device can say."""
+        return self.throttled_ratio_but()
+
+    def throttled_ratio_but(self, *wanted: str) -> float | None:
+        """Return the same without reasons that somebody wanted."""
         telling = math.fsum(share.seconds for share in self.shares if share.throttled_seconds is not None)
-        return min(1.0, max(self.throttled_seconds.values(), default=0.0) / telling) if telling > 0 else None
+        seconds = [seconds for reason, seconds in (self.throttled_seconds or {}).items() if reason not in wanted]
+        return min(1.0, max(seconds, default=0.0) / telling) if telling > 0 else None
 
     @property
     def method(self) -> Method | None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import tabular
 
+from wattier.funnel import run_stage
 from wattier.launch import Stage
+from wattier.policy import SearchPolicy
 from wattier.records import Fidelity
 from wattier.rundir import RunDir
-from wattier.search import SearchPolicy, run_stage
 
 
 def run_only(run, launcher, run_trial, proposals):

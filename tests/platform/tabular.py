@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from wattier.metering import metered
 from wattier.records import EpochRecord, TrialResult
 from wattier.rundir import append_json_line, write_json
-from wattier.trial import _registered
+from wattier.trial import registered
 from wattier_telemetry import bill
 
 DIES, DIES_ONCE, DIVERGES = 7, 8, 9
@@ -43,7 +43,7 @@ def run_registered(context):
         meter,
         source,
     ):
-        with _registered(context, source):
+        with registered(context, source):
             began = time.time()
             time.sleep(context.spec.fidelity.epochs * EPOCH_SECONDS)
             write_json(context.folder / "witness.json", {"pid": os.getpid(), "began": began, "ended": time.time()})

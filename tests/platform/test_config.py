@@ -10,7 +10,8 @@ import yaml
 
 from wattier.config import RunConfig, load_config, load_sizes
 from wattier.errors import UserError
-from wattier.search import distributions
+from wattier.optuna_sampler import distributions
+from wattier.space import typed_space
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = (REPOSITORY / "configs/quickstart.yaml").read_text()
@@ -223,7 +224,7 @@ def test_exponents_without_a_dot_are_numbers(tmp_path):
 def test_optuna_takes_every_space_that_is_accepted(parameter):
     data = changed(*SPACE, to={"hidden_dim": parameter, "ema_decay": {"low": 0.1, "high": 0.9, "step": 0.1}})
     config = RunConfig.model_validate(copy.deepcopy(data))
-    assert set(distributions(config.search.space)) == {"hidden_dim", "ema_decay"}
+    assert set(distributions(typed_space(config))) == {"hidden_dim", "ema_decay"}
 
 
 def test_sizes_are_checked_the_same_way(tmp_path):

@@ -8,7 +8,8 @@ import yaml
 
 from wattier.config import TrainingSection, field_type, load_config
 from wattier.errors import UserError
-from wattier.search import distributions
+from wattier.optuna_sampler import distributions
+from wattier.space import typed_space
 from wattier.trial import settings_of
 from wattier_gnn.train import TrainConfig
 
@@ -20,11 +21,12 @@ EVERY_SOURCE = dict.fromkeys(("ani1x", "qm7x", "oc20", "oc22", "mptrj"), 1.0)
 def load(tmp_path):
     """The quickstart with other settings of training and of the search space."""
 
-    def with_changes(training=None, space=None, model=None):
+    def with_changes(training=None, space=None, model=None, resources=None):
         data = yaml.safe_load(QUICKSTART.read_text())
         data["training"] |= training or {}
         data["search"]["space"] |= space or {}
         data["model"] |= model or {}
+        data["resources"] = data.get("resources", {}) | (resources or {})
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(data))
         return load_config(path)
@@ -95,6 +97,15 @@ def test_parts_of_a_model_need_whole_gpus(tmp_path):
         ),
         ({"space": {"source_weights": {"choices": [1.0]}}}, "search.space: source_weights reaches 1.0"),
         ({"space": {"batch_edges": {"low": 0, "high": 10}}}, "search.space: batch_edges reaches 0"),
+        ({"space": {"power_cap_ratio": {"low": 0.5, "high": 1.1}}}, "search.space: power_cap_ratio reaches 1.1"),
+        (
+            {"space": {"power_cap_ratio": {"choices": [0.5]}}},
+            "run.yaml: power_cap_ratio is given, which sets power limits, but resources.allow_power_cap is false",
+        ),
+        (
+            {"training": {"power_cap_ratio": 0.5}, "resources": {"allow_power_cap": True, "gpus_per_rank": 0.5}},
+            "run.yaml: power_cap_ratio is given and resources.gpus_per_rank is 0.5, but a power limit acts on all who",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(load, changes, message):
@@ -111,11 +122,11 @@ def test_what_goes_together_is_accepted(load):
         "checkpoint_seconds": 60, "prefetch_batches": 0,
     }  # fmt: skip
     config = load(training)
-    assert TrainConfig(epochs=1, **config.training.model_dump()).source_weights == EVERY_SOURCE
+    assert TrainConfig(epochs=1, **config.training.for_trainer()).source_weights == EVERY_SOURCE
 
 
 def test_every_setting_with_one_value_can_be_searched(load):
-    """A trial's value reaches the trainer's config under its own name."""
+    """A trial's value reaches the trainer's config under its own name; that of a power cap reaches the GPU."""
     examples = {int: {"low": 2, "high": 4}, float: {"low": 0.25, "high": 0.75}}
     for name in TrainingSection.model_fields.keys() - {"source_weights"}:
         kind = field_type(name)
@@ -125,14 +136,15 @@ def test_every_setting_with_one_value_can_be_searched(load):
             parameter = {"low": 1.0, "high": 4.0}
         else:
             parameter = examples[kind]
-        config = load(space={name: parameter})
-        assert name in distributions(config.search.space)
+        config = load(space={name: parameter}, resources={"allow_power_cap": True})
+        assert name in distributions(typed_space(config))
         value = parameter["choices"][-1] if "choices" in parameter else parameter["high"]
         _, training = settings_of(config, {name: value})
-        assert getattr(TrainConfig(epochs=1, **training.model_dump()), name) == value
+        holder = training if name == "power_cap_ratio" else TrainConfig(epochs=1, **training.for_trainer())
+        assert getattr(holder, name) == value
 
 
 def test_defaults_of_the_config_are_those_of_the_trainer():
     trainer = TrainConfig(epochs=1)
-    for name, value in TrainingSection().model_dump().items():
+    for name, value in TrainingSection().for_trainer().items():
         assert getattr(trainer, name) == value, name

@@ -15,11 +15,12 @@ from optuna.trial import TrialState
 
 from wattier.config import RunConfig
 from wattier.errors import UserError
+from wattier.funnel import promoted_trials, run_search, run_stage
 from wattier.launch import InlineLauncher, Stage
 from wattier.pareto import non_dominated_ranks
+from wattier.policy import SearchPolicy
 from wattier.records import EpochRecord, Fidelity
 from wattier.rundir import RunDir, append_json_line, write_json
-from wattier.search import SearchPolicy, promoted_trials, run_search, run_stage
 from wattier.select import select_trials
 
 sys.path.append(str(Path(__file__).parent))  # trials run in other processes, which import their function by its name
@@ -84,7 +85,7 @@ class Outcome:
 
     def told(self):
         """What Optuna was told, by parameters."""
-        return {tuple(sorted(t.params.items())): t.state for t in self.policy.study.trials}
+        return {tuple(sorted(t.params.items())): t.state for t in self.policy.sampler.study.trials}
 
 
 def key(params):
@@ -152,9 +153,9 @@ class LauncherContract:
         outcome = Outcome(run, config, launcher, self.run_trial)
         assert [row.status for row in outcome.rows].count("failed") == 0
         assert sorted(outcome.by_id) == [f"only-{i:03d}" for i in range(8)]
-        states = [t.state for t in outcome.policy.study.trials]
+        states = [t.state for t in outcome.policy.sampler.study.trials]
         assert Counter(states) == Counter(OPTUNA_OF_STATUS[row.status] for row in outcome.rows)
-        told = {tuple(t.values) for t in outcome.policy.study.trials if t.values}
+        told = {tuple(t.values) for t in outcome.policy.sampler.study.trials if t.values}
         assert told == {(r.val_loss, r.energy_joules) for r in outcome.rows if r.status == "complete"}
 
     def test_more_trials_of_two_ranks_than_fit_are_all_run(self, launcher, make):

@@ -11,7 +11,8 @@ import yaml
 
 from wattier.config import ModelSection, load_config
 from wattier.errors import UserError
-from wattier.search import distributions
+from wattier.optuna_sampler import distributions
+from wattier.space import typed_space
 from wattier.trial import model_config, settings_of
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -35,7 +36,7 @@ def config_with(folder: Path, **space: Any) -> Any:
 
 def test_all_of_it_can_be_searched(tmp_path: Path) -> None:
     config = config_with(tmp_path, **SPACE)
-    found = distributions(config.search.space)
+    found = distributions(typed_space(config))
     assert {name: list(found[name].choices) for name in SPACE if name != "edge_chunk"} == {
         name: parameter["choices"] for name, parameter in SPACE.items() if name != "edge_chunk"
     }

@@ -8,11 +8,11 @@ from rich.console import Console
 
 from wattier.config import RunConfig, SelectSection
 from wattier.console import RunConsole, print_status, print_tiers
+from wattier.funnel import adopt_finished
 from wattier.launch import Stage
 from wattier.records import Fidelity, Proposal, TrialResult
 from wattier.report import write_report
 from wattier.rundir import append_json_line, write_json
-from wattier.search import adopt_finished
 from wattier.select import select_trials
 from wattier.views import ledger_info
 from wattier_telemetry import EnergyReport, Share

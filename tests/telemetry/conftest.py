@@ -1,12 +1,16 @@
 """Simulated machines: an NVML library in C, a powercap tree, replayed traces."""
 
 import ctypes
+import importlib.util
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pynvml
 import pytest
-from scenario import SimulatedDevice, write_scenario
+from cap_holder import GPU, Driver, Holder
+from scenario import SimulatedDevice, build_nvml, write_scenario
 
 HERE = Path(__file__).parent
 MASKS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "WATTIER_POWER_SOURCE")
@@ -18,16 +22,13 @@ def bare_environment(monkeypatch, tmp_path):
     for name in MASKS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WATTIER_REGISTRY", str(tmp_path / "registry"))
+    monkeypatch.setenv("WATTIER_POWER_CAPS", str(tmp_path / "caps"))
 
 
 @pytest.fixture(scope="session")
 def nvml_folder(tmp_path_factory):
     """Compile the simulated NVML once and return its folder, for LD_LIBRARY_PATH."""
-    folder = tmp_path_factory.mktemp("nvml")
-    library = folder / "libnvidia-ml.so.1"
-    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
-    subprocess.run([*command, "-o", str(library), str(HERE / "drivers/nvml.c"), "-lm"], check=True)
-    return folder
+    return build_nvml(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture
@@ -97,3 +98,82 @@ def trace(tmp_path):
         return path
 
     return write
+
+
+def forget_binding():
+    for name in [name for name in sys.modules if name.split(".")[0] == "amdsmi"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def build_amd():
+    path = HERE / "drivers" / "build_amd.py"
+    spec = importlib.util.spec_from_file_location("build_amd", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def rocm(build_amd, tmp_path_factory):
+    """A ROCm folder that holds the simulated library and nothing else."""
+    return build_amd.build(tmp_path_factory.mktemp("amd") / "rocm")
+
+
+@pytest.fixture
+def fresh_binding(monkeypatch, tmp_path):
+    """No binding is loaded, and the machine's own ROCm is out of sight."""
+    monkeypatch.delenv("ROCM_HOME", raising=False)
+    monkeypatch.delenv("WATTIER_SCENARIO", raising=False)
+    monkeypatch.setenv("ROCM_PATH", str(tmp_path / "no-rocm"))
+    forget_binding()
+    yield
+    forget_binding()
+
+
+@pytest.fixture
+def caps(tmp_path):
+    """The folder of notes."""
+    folder = tmp_path / "caps"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+@pytest.fixture
+def driver(simulated_nvml, nvml_folder, caps, tmp_path, monkeypatch):
+    """Two simulated H200, which draw 600 W where they may, and remember their limits."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(nvml_folder))
+    monkeypatch.setenv("WATTIER_LIMITS", str(tmp_path / "limits"))
+    simulated_nvml(SimulatedDevice(600), SimulatedDevice(600))
+    return Driver(tmp_path / "limits")
+
+
+@pytest.fixture(scope="session")
+def nursery(nvml_folder):
+    """The process that forks holders."""
+    command = [sys.executable, str(Path(__file__).with_name("cap_holder.py"))]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(nvml_folder)}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    yield process
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture
+def start(nursery, driver, tmp_path):
+    """Return a function that starts a holder; all are killed at the end."""
+    started = []
+
+    def start_(uuid=GPU, ratio=0.5, wait_seconds=10.0, **request):
+        started.append(
+            Holder(nursery, tmp_path, len(started), uuid=uuid, ratio=ratio, wait_seconds=wait_seconds, **request)
+        )
+        return started[-1]
+
+    yield start_
+    for holder in started:
+        try:
+            holder.kill(group=True)
+        except ProcessLookupError:
+            continue

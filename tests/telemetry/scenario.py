@@ -1,5 +1,6 @@
 """The truth of a simulated driver's scenario (drivers/scenario.h), by a closed form of its own."""
 
+import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,3 +38,11 @@ def write_scenario(path: Path, *devices: SimulatedDevice, start: float | None = 
     start = time.monotonic() if start is None else start
     path.write_text(f"start {start!r}\n" + "".join(device.line() + "\n" for device in devices))
     return start
+
+
+def build_nvml(folder: Path) -> Path:
+    """Compile the simulated NVML and return its folder, for LD_LIBRARY_PATH."""
+    library, code = folder / "libnvidia-ml.so.1", Path(__file__).parent / "drivers/nvml.c"
+    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
+    subprocess.run([*command, "-o", str(library), str(code), "-lm"], check=True)
+    return folder

@@ -1,6 +1,5 @@
 """AMD GPUs: the real amdsmi binding against a simulated libamd_smi.so (drivers/amd_smi.c)."""
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -22,6 +21,9 @@ MI300X = {"name": "AMD_Instinct_MI300X", "gfx": "942", "average": "na", "refresh
 SENSORS = {"edge": 41, "hotspot": 55, "vram": 62}
 
 
+pytestmark = pytest.mark.usefixtures("fresh_binding")
+
+
 def die(watts=400.0, **extra):
     return SimulatedDevice(high=watts, extra={**MI250X, **extra})
 
@@ -33,37 +35,6 @@ def package(watts=400.0, **extra):
 
 def mi300x(watts=700.0, **extra):
     return SimulatedDevice(high=watts, extra={**MI300X, **extra})
-
-
-def forget_binding():
-    for name in [name for name in sys.modules if name.split(".")[0] == "amdsmi"]:
-        del sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def build_amd():
-    path = Path(__file__).parent / "drivers" / "build_amd.py"
-    spec = importlib.util.spec_from_file_location("build_amd", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def rocm(build_amd, tmp_path_factory):
-    """A ROCm folder that holds the simulated library and nothing else."""
-    return build_amd.build(tmp_path_factory.mktemp("amd") / "rocm")
-
-
-@pytest.fixture(autouse=True)
-def fresh_binding(monkeypatch, tmp_path):
-    """No binding is loaded, and the machine's own ROCm is out of sight."""
-    monkeypatch.delenv("ROCM_HOME", raising=False)
-    monkeypatch.delenv("WATTIER_SCENARIO", raising=False)
-    monkeypatch.setenv("ROCM_PATH", str(tmp_path / "no-rocm"))
-    forget_binding()
-    yield
-    forget_binding()
 
 
 @pytest.fixture
@@ -142,7 +113,7 @@ def test_dies_of_four_packages_add_up_to_the_true_energy(play):
 
 
 def test_power_and_its_caps_are_halved_too(play):
-    source = play(*package(480, cap=500, cap_max=560))
+    source = play(*package(480, limit=500, limit_max=560))
     for device in source.devices():
         reading = source.read(device)
         assert (reading.power_watts, reading.power_limit_watts, reading.power_limit_max_watts) == (240, 250, 280)
@@ -200,8 +171,8 @@ def test_hidden_half_of_a_package_is_not_billed(play, monkeypatch):
 
 
 def test_reading_holds_every_figure_in_base_units(play):
-    figures = {"gfx_clock": 2100, "mem_clock": 1300, "gfx_busy": 88, "umc_busy": 33, "vram_used": 2048, "cap": 750}
-    more = {"cap_max": 800, "ecc_corrected": 3, "ecc_uncorrected": 1}
+    figures = {"gfx_clock": 2100, "mem_clock": 1300, "gfx_busy": 88, "umc_busy": 33, "vram_used": 2048, "limit": 750}
+    more = {"limit_max": 800, "ecc_corrected": 3, "ecc_uncorrected": 1}
     source = play(mi300x(650, offset=7e6, stuck=0, **SENSORS, **figures, **more))
     (device,) = source.devices()
     reading = source.read(device)
@@ -251,8 +222,8 @@ def test_power_is_the_field_that_is_there(play, extra, watts, averaged):
         ("vram_total", "memory_total_bytes"),
         ("hotspot", "temperature_celsius"),
         ("vram", "memory_temperature_celsius"),
-        ("cap", "power_limit_watts"),
-        ("cap_max", "power_limit_max_watts"),
+        ("limit", "power_limit_watts"),
+        ("limit_max", "power_limit_max_watts"),
         ("ecc_corrected", "ecc_corrected"),
         ("ecc_uncorrected", "ecc_uncorrected"),
     ],

@@ -419,7 +419,7 @@ class TestHelp:
         return actions.choices
 
     def test_every_command_teaches_by_an_example_that_parses(self):
-        assert set(self.commands()) == {"doctor", "read", "watch", "record", "report", "serve"}
+        assert set(self.commands()) == {"doctor", "read", "watch", "record", "report", "serve", "power-caps"}
         for name, parser in self.commands().items():
             assert parser.epilog.startswith("example:")
             for line in parser.epilog.splitlines()[1:]:
@@ -427,7 +427,7 @@ class TestHelp:
                 assert command[0] == "wattier-telemetry"
                 assert make_parser().parse_args(command[1:]).command in {name, "report"}
 
-    @pytest.mark.parametrize("name", ["doctor", "read", "watch", "record", "report", "serve"])
+    @pytest.mark.parametrize("name", ["doctor", "read", "watch", "record", "report", "serve", "power-caps"])
     def test_help_can_be_printed(self, name, capsys):
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])

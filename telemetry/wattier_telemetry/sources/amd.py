@@ -151,6 +151,10 @@ class AmdSource(PowerSource):
             raise SourceUnavailable("amd: the source is closed")
         return self._dies[device.uuid]
 
+    def handle(self, device: Device) -> tuple[ModuleType, Any]:
+        """Return the binding, and what it knows a device by, for whoever asks or tells it other things."""
+        return self._smi, self._die(device).handle
+
     def close(self) -> None:
         """Let AMD SMI go; the last source to do so shuts it down."""
         if self._open:

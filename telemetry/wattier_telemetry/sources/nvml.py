@@ -101,6 +101,10 @@ class NvmlSource(PowerSource):
         except pynvml.NVMLError as error:
             raise SourceUnavailable(f"{device.name} {device.uuid} does not answer: {error}") from error
 
+    def handle(self, device: Device) -> Any:
+        """Return what NVML knows a device by, for whoever asks or tells it other things."""
+        return self._gpus[device.uuid].handle
+
     def close(self) -> None:
         """Shut NVML down (it counts its users)."""
         if self._open:

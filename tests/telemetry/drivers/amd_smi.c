@@ -9,7 +9,7 @@
  *                          asic=none: it tells by hip_uuid only
  *   hip, node, bus         position in HIP's order (none: an older ROCm), kernel node, PCI bus
  *   edge, hotspot, vram, hbm0..3   degrees Celsius of the sensors there are
- *   gfx_clock, mem_clock, gfx_busy, umc_busy, vram_used, vram_total (MB), cap, cap_max (W), ecc_corrected, ecc_uncorrected
+ *   gfx_clock, mem_clock, gfx_busy, umc_busy, vram_used, vram_total (MB), ecc_corrected, ecc_uncorrected
  *   ras                    correctable errors of the first block (umc); each further one has one more, and ten and a
  *                          hundred times as many uncorrectable and deferred ones; na: no block tells
  *   vcn, mm                per cent of the decoders' time, on MI300 and before; xgmi_read, xgmi_write: KB on each of two
@@ -17,10 +17,11 @@
  *   bits                   indep_throttle_status, as strtoull reads it
  *   ppt, socket, vr, hbm, prochot   share of the firmware's ticks (rate=1000 a second) under each limit, since `from`
  *   pids                   processes and per cents of the compute units: 4711:40,4712:25 */
+#define SCENARIO_LIMIT 560
 #include "amd_smi_types.h"
 #include "scenario.h"
 
-enum { OK = 0, NOT_SUPPORTED = 2, IO = 12, NOT_INIT = 32, DRIVER_NOT_LOADED = 34 };
+enum { OK = 0, INVALID = 1, NOT_SUPPORTED = 2, NO_PERM = 10, IO = 12, NOT_INIT = 32, DRIVER_NOT_LOADED = 34 };
 #define JOULES_PER_TICK (1.0 / 65536)
 static int running;
 static char dies[SCENARIO_DEVICES]; /* a handle points to its die's place in here */
@@ -91,14 +92,22 @@ int amdsmi_get_power_info(void *handle, amdsmi_power_info_t *info) {
   info->average_socket_power = is(d, "average", "na") ? unknown : silent ? 0 : (uint32_t)lround(scenario_average_watts(d, now));
   return OK;
 }
+static uint64_t microwatts(double watts) { return isnan(watts) ? UINT64_MAX : (uint64_t)llround(watts * 1e6); }
 int amdsmi_get_power_cap_info(void *handle, uint32_t sensor, amdsmi_power_cap_info_t *info) {
   DIE(handle);
   (void)sensor;
-  int silent = scenario_number(d, "silent", 0) != 0;
   memset(info, 0, sizeof *info);
-  info->power_cap = silent ? 0 : figure(d, "cap", 560, 1e6, UINT64_MAX);
-  info->max_power_cap = silent ? 0 : figure(d, "cap_max", 560, 1e6, UINT64_MAX);
+  if (scenario_number(d, "silent", 0)) return OK;
+  info->power_cap = microwatts(scenario_limit(d));
+  info->default_power_cap = microwatts(scenario_number(d, "limit_default", SCENARIO_LIMIT));
+  info->min_power_cap = microwatts(scenario_number(d, "limit_min", 200));
+  info->max_power_cap = microwatts(scenario_number(d, "limit_max", SCENARIO_LIMIT));
   return OK;
+}
+int amdsmi_set_power_cap(void *handle, uint32_t sensor, uint64_t cap) {
+  static const int answers[] = {[LIMIT_SET] = OK, [LIMIT_DENIED] = NO_PERM, [LIMIT_UNSUPPORTED] = NOT_SUPPORTED, [LIMIT_OUTSIDE] = INVALID};
+  DIE(handle);
+  return sensor ? INVALID : answers[scenario_set_limit(d, cap / 1e6)];
 }
 
 int amdsmi_get_gpu_activity(void *handle, amdsmi_engine_usage_t *usage) {

@@ -3,7 +3,6 @@
  * Keys of its own (numbers; `na` = the device does not have it):
  *   uuid, name, arch        GPU-aaaa-0000 and so on; Simulated_H200 (`_` is shown as a blank); 9 = Hopper
  *   temperature, memory_temperature, sm_mhz, mem_mhz, busy, memory_busy (0 to 1), memory_used_mb, memory_total_mb
- *   limit, limit_max        power cap in force and the highest, W
  *   ecc_corrected, ecc_uncorrected
  *   reasons                 mask of clock-event reasons, decimal, in force from throttle_from to throttle_to
  *   board_limit=1           the board's limit acts then, too: a reason that has seconds and no bit
@@ -20,7 +19,7 @@
 #include "scenario.h"
 #include <stddef.h>
 
-enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, NOT_LOADED = 9, NO_FUNCTION = 13, LOST = 15 };
+enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, NOT_LOADED = 9, NO_FUNCTION = 13, LOST = 15 };
 enum { UNSIGNED_INT = 1, UNSIGNED_LONG_LONG = 3 };
 typedef unsigned long long Wide;
 typedef struct { int index; } Gpu;
@@ -164,8 +163,18 @@ int nvmlDeviceGetTemperature(Gpu *g, int sensor, unsigned *t) { return sensor ? 
 int nvmlDeviceGetClockInfo(Gpu *g, int kind, unsigned *mhz) { /* 1 = SM, 2 = memory */
   return kind == 1 ? number_of(g, "sm_mhz", 1980, 1, mhz) : kind == 2 ? number_of(g, "mem_mhz", 3201, 1, mhz) : INVALID;
 }
-int nvmlDeviceGetEnforcedPowerLimit(Gpu *g, unsigned *mw) { return number_of(g, "limit", 700, 1e3, mw); }
-int nvmlDeviceGetPowerManagementLimitConstraints(Gpu *g, unsigned *low, unsigned *high) { *low = 200000; return number_of(g, "limit_max", 700, 1e3, high); }
+int nvmlDeviceGetPowerManagementLimit(Gpu *g, unsigned *mw) { NEED(g, "limit"); *mw = (unsigned)(scenario_limit(g->index) * 1e3 + 0.5); return OK; }
+int nvmlDeviceGetEnforcedPowerLimit(Gpu *g, unsigned *mw) { return nvmlDeviceGetPowerManagementLimit(g, mw); }
+int nvmlDeviceGetPowerManagementDefaultLimit(Gpu *g, unsigned *mw) { return number_of(g, "limit_default", SCENARIO_LIMIT, 1e3, mw); }
+int nvmlDeviceGetPowerManagementLimitConstraints(Gpu *g, unsigned *low, unsigned *high) {
+  int status = number_of(g, "limit_min", 200, 1e3, low);
+  return status ? status : number_of(g, "limit_max", SCENARIO_LIMIT, 1e3, high);
+}
+int nvmlDeviceSetPowerManagementLimit(Gpu *g, unsigned mw) {
+  static const int answers[] = {[LIMIT_SET] = OK, [LIMIT_DENIED] = NO_PERMISSION, [LIMIT_UNSUPPORTED] = NOT_SUPPORTED, [LIMIT_OUTSIDE] = INVALID};
+  NEED(g, "limit");
+  return answers[scenario_set_limit(g->index, mw / 1e3)];
+}
 int nvmlDeviceGetTotalEccErrors(Gpu *g, int kind, int since, Wide *count) { /* kind 0 = corrected; since 0 = since the driver loaded */
   const char *key = kind ? "ecc_uncorrected" : "ecc_corrected";
   NEED(g, key);

@@ -15,15 +15,26 @@
  *   stuck            the counter stands still from this time on
  *   lost             the device has fallen off the bus at this time
  *   hang, hang_for   a call that begins within `hang_for` seconds after this time blocks until they are over
+ *   limit_min, limit_default, limit_max, limit   power limits in W: the range, what it is by itself, and what it is at first
+ *   setting          what comes of setting it: denied, none (not supported), lies (says yes, and nothing changes),
+ *                    sticks (the same, but only where it would rise)
+ * A limit that was set outlives the process, as a driver's does: each call adds a record to the file that
+ * WATTIER_LIMITS names (without it, none can be set), and power is held below it from then on.
+ *
  * Any other key belongs to the vendor's file: scenario_number(device, "temperature", 55). */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #define SCENARIO_DEVICES 16
 #define SCENARIO_LINE 2000
+#define SCENARIO_SETS 1000
+#ifndef SCENARIO_LIMIT
+#define SCENARIO_LIMIT 700
+#endif
 typedef struct { char text[2 * SCENARIO_LINE]; } ScenarioDevice;
 static ScenarioDevice scenario_devices[SCENARIO_DEVICES];
 static int scenario_count;
@@ -63,18 +74,63 @@ static double scenario_number(int device, const char *key, double otherwise) { /
 
 static double scenario_now(void) { return scenario_clock() - scenario_start; }
 
+typedef struct { double clock, watts; int device, pid; } ScenarioLimit; /* since CLOCK_MONOTONIC's reading */
+enum { LIMIT_SET = 0, LIMIT_DENIED, LIMIT_UNSUPPORTED, LIMIT_OUTSIDE };
+
+static int scenario_limits(int d, ScenarioLimit *found, int room) { /* the device's, oldest first */
+  const char *path = getenv("WATTIER_LIMITS");
+  FILE *file = path ? fopen(path, "rb") : NULL;
+  int count = 0;
+  while (file && count < room && fread(&found[count], sizeof *found, 1, file)) if (found[count].device == d) count++;
+  if (file) fclose(file);
+  return count;
+}
+
+static double scenario_limit(int d) { /* in force now, W; NaN for `na` */
+  ScenarioLimit all[SCENARIO_SETS];
+  int count = scenario_limits(d, all, SCENARIO_SETS);
+  return count ? all[count - 1].watts : scenario_number(d, "limit", SCENARIO_LIMIT);
+}
+
+static int scenario_set_limit(int d, double watts) {
+  const char *path = getenv("WATTIER_LIMITS"), *setting = scenario_text(d, "setting");
+  if (!setting) setting = "";
+  if (!path || !strncmp(setting, "none", 4)) return LIMIT_UNSUPPORTED;
+  if (!strncmp(setting, "denied", 6)) return LIMIT_DENIED;
+  if (watts < scenario_number(d, "limit_min", 200) || watts > scenario_number(d, "limit_max", SCENARIO_LIMIT)) return LIMIT_OUTSIDE;
+  if (!strncmp(setting, "lies", 4) || (!strncmp(setting, "sticks", 6) && watts > scenario_limit(d))) return LIMIT_SET;
+  ScenarioLimit made = {scenario_clock(), watts, d, (int)getpid()};
+  FILE *file = fopen(path, "ab");
+  int written = file && fwrite(&made, sizeof made, 1, file) == 1;
+  return file && !fclose(file) && written ? LIMIT_SET : LIMIT_UNSUPPORTED;
+}
+
 static double scenario_watts(int d, double t) {
-  double high = scenario_number(d, "high", 300), hz = scenario_number(d, "hz", 0);
-  if (hz <= 0) return high;
+  double high = scenario_number(d, "high", 300), hz = scenario_number(d, "hz", 0), limit = INFINITY;
+  ScenarioLimit all[SCENARIO_SETS];
+  int count = scenario_limits(d, all, SCENARIO_SETS);
+  for (int i = 0; i < count && all[i].clock - scenario_start <= t; i++) limit = all[i].watts;
+  if (hz <= 0) return fmin(high, limit);
   double phase = t * hz - floor(t * hz);
-  return phase < 0.5 ? high : scenario_number(d, "low", high);
+  return fmin(limit, phase < 0.5 ? high : scenario_number(d, "low", high));
+}
+
+static double scenario_joules_below(int d, double t, double limit) { /* the energy since the start under one limit */
+  double high = fmin(limit, scenario_number(d, "high", 300)), hz = scenario_number(d, "hz", 0);
+  if (hz <= 0) return high * t;
+  double low = fmin(limit, scenario_number(d, "low", high)), whole = floor(t * hz), phase = t * hz - whole;
+  return (whole * (high + low) / 2 + (phase < 0.5 ? phase * high : 0.5 * high + (phase - 0.5) * low)) / hz;
 }
 
 static double scenario_joules(int d, double t) { /* the true energy since the start */
-  double high = scenario_number(d, "high", 300), hz = scenario_number(d, "hz", 0);
-  if (hz <= 0) return high * t;
-  double low = scenario_number(d, "low", high), whole = floor(t * hz), phase = t * hz - whole;
-  return (whole * (high + low) / 2 + (phase < 0.5 ? phase * high : 0.5 * high + (phase - 0.5) * low)) / hz;
+  ScenarioLimit all[SCENARIO_SETS];
+  int count = scenario_limits(d, all, SCENARIO_SETS);
+  double joules = scenario_joules_below(d, count ? fmin(t, all[0].clock - scenario_start) : t, INFINITY);
+  for (int i = 0; i < count; i++) {
+    double from = all[i].clock - scenario_start, to = i + 1 < count ? fmin(t, all[i + 1].clock - scenario_start) : t;
+    if (to > from) joules += scenario_joules_below(d, to, all[i].watts) - scenario_joules_below(d, from, all[i].watts);
+  }
+  return joules;
 }
 
 static double scenario_grid(double t, double period) { return period > 0 ? floor(t / period) * period : t; }

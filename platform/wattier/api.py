@@ -1,0 +1,102 @@
+"""``wattier.search``: the funnel for a training function of your own, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wattier.budget import Budget, Spent
+from wattier.config import RunConfig, checked
+from wattier.console import RunConsole
+from wattier.funnel import on_front, stage_names
+from wattier.own_model import OwnTrial, Trial
+from wattier.records import TrialResult
+from wattier.rundir import RunDir
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        front: trials of the last stage that no other one beats in all objectives, the lowest loss first.
+        trials: every trial of every stage, in order of finishing, each with its parameters, loss, joules and status.
+        spent: joules, seconds and trials over all restarts.
+        run_dir: where all of it is written; `wattier status RUN` and `wattier report RUN` show it.
+    """
+
+    front: list[TrialResult]
+    trials: list[TrialResult]
+    spent: Spent
+    run_dir: Path
+
+
+def search(  # noqa: PLR0913
+    space: Mapping[str, Any],
+    run_trial: Callable[[Trial], Any],
+    stages: Sequence[Mapping[str, Any]],
+    objectives: Sequence[str] = ("val_loss", "energy_joules"),
+    budget: Mapping[str, float] | None = None,
+    *,
+    run_dir: str | Path,
+    seed: int = 0,
+    launcher: str = "ray",
+    quiet: bool = False,
+    resources: Mapping[str, Any] | None = None,
+    telemetry: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Found:
+    """Search the hyper-parameters of any training function, by loss and joules, within a budget.
+
+    The same call goes on where a killed one stopped, and returns at once when there is nothing left to do.
+
+    Args:
+        space: parameter name -> ``{"low": 8, "high": 64}`` (whole ends: whole numbers), with ``"log": True`` or
+            ``"step"`` where wanted, or ``{"choices": [...]}``.
+        run_trial: trains one trial: reads ``trial.params``, calls ``trial.report(val_loss)`` after each of
+            ``trial.epochs`` epochs, and returns when that says False. It is measured while it runs.
+        stages: mappings of a config's ``search.stages``: name, trials, epochs, structures, ranks, promote,
+            reduction_factor.
+        objectives: one or two of ``val_loss``, ``energy_joules``, ``joules_per_structure``.
+        budget: ``joules`` or ``kilowatt_hours``, ``seconds``, ``trials``, as totals over restarts.
+        run_dir: the run directory, which is all the state there is.
+        seed: of the sampler and of the trials.
+        launcher: ``ray``: several at once, in processes of their own; ``inline``: one after another in this one.
+        quiet: say nothing while it works.
+        resources: a config's section ``resources``: what a rank gets, the address of a Ray cluster, retries.
+        telemetry: a config's section ``telemetry``: where joules come from; ``{"source": "stated"}`` = from
+            ``trial.report(..., energy_joules=...)``, as for a table.
+        settings: further keys of a config's section ``search``: sampler, scheduler, constraints, weights, warm_start,
+            max_concurrent, storage.
+
+    Raises:
+        UserError: a setting is wrong, the budget does not pay for one trial, or `run_dir` holds another search.
+    """
+    values = {
+        "name": getattr(run_trial, "__name__", "search").strip("<>_") or "search",
+        "run_dir": str(run_dir),
+        "seed": seed,
+        "launcher": launcher,
+        "trial": f"{run_trial.__module__}:{getattr(run_trial, '__qualname__', type(run_trial).__qualname__)}",
+        "search": {
+            "space": _plain(space), "stages": _plain(stages), "objectives": list(objectives),
+            "budget": None if budget is None else dict(budget), **_plain(settings),
+        },
+        "resources": dict(resources or {}),
+        "telemetry": dict(telemetry or {}),
+    }  # fmt: skip
+    config = checked(RunConfig, values, Path("search"))
+    run = RunDir.create(config)
+    from wattier.run import launcher_for, run_funnel
+
+    with run.lock(), RunConsole(run, quiet=quiet) as console, launcher_for(config) as started:
+        run_funnel(run, config, started, OwnTrial(run_trial), None, console)
+    spent = Budget(config.search.budget, run, stage_names(config)).spent()
+    return Found(on_front(run, config), run.trials(), spent, run.path)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences of any kind as dicts and lists, which is what a config is made of."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,139 @@
+"""What a search may spend, what it has spent, and whether the next trial still fits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterable
+from enum import Enum
+from typing import NamedTuple
+
+from wattier.config_search import BudgetSection
+from wattier.ledger import trial_folders
+from wattier.records import TrialResult
+from wattier.rundir import RunDir
+from wattier.units import format_joules, format_seconds
+from wattier_telemetry import EnergyReport, bill
+
+
+class Verdict(Enum):
+    """Whether a trial may start."""
+
+    START = "start"
+    LATER = "later"  # it may fit when a running trial turns out cheaper than projected
+    STOP = "stop"
+
+
+class Spent(NamedTuple):
+    """What trials have cost, running ones so far."""
+
+    joules: float
+    seconds: float
+    trials: int
+
+
+class Budget:
+    """Totals over restarts: what earlier processes spent is read from the run directory.
+
+    A trial starts when its projection, the projections of those that run, and what has been spent fit together. So
+    what is spent in the end exceeds the budget by no more than the projections of the last trials were short by.
+    """
+
+    def __init__(self, limits: BudgetSection | None, run: RunDir, stages: Collection[str], share: float = 1.0) -> None:
+        """Read what was spent.
+
+        Args:
+            limits: None = anything may be spent.
+            run: where it was spent.
+            stages: whose trials count.
+            share: of joules and seconds that may be spent before the stage after this one begins, 0 to 1.
+        """
+        self.limits = limits or BudgetSection()
+        self.share = share
+        self._reports = _bills(run, stages)
+        self._running: dict[tuple[str, str], float | None] = {}  # projected joules
+        self._before_seconds = _busy_seconds(self._reports.values())
+        self._began = time.monotonic()
+        self.refused: str | None = None  # why the last trial was not started, in words
+
+    def spent(self) -> Spent:
+        """What has been spent until now, by trials that ended and by those that are open."""
+        joules = math.fsum(report.joules or 0.0 for report in self._reports.values())
+        elapsed = time.monotonic() - self._began
+        trials = len(set(self._reports) | set(self._running))
+        return Spent(joules, self._before_seconds + elapsed, trials)
+
+    @property
+    def joules_left(self) -> float | None:
+        """What a further trial may cost, J; None = anything."""
+        limit = self.limits.energy_joules
+        return None if limit is None else self.share * limit - self._committed()
+
+    def verdict(self, stage: str, trial_id: str, joules: float | None, seconds: float | None) -> Verdict:
+        """Whether a trial of these projections may start; None = nobody knows, so it runs alone."""
+        spent, key = self.spent(), (stage, trial_id)
+        if self.limits.trials is not None and key not in self._reports and spent.trials >= self.limits.trials:
+            self.refused = f"{spent.trials} trials have started, of {self.limits.trials}"
+            return Verdict.STOP
+        if self.limits.seconds is not None and spent.seconds + (seconds or 0.0) > self.share * self.limits.seconds:
+            self.refused = (
+                f"{format_seconds(spent.seconds)} of {format_seconds(self.limits.seconds)} are spent, and the next "
+                f"trial would take {format_seconds(seconds)}"
+            )
+            return Verdict.STOP
+        return self._energy_verdict(key, joules)
+
+    def opened(self, stage: str, trial_id: str, joules: float | None) -> None:
+        """A trial of these projected joules starts."""
+        self._running[stage, trial_id] = joules
+
+    def ended(self, result: TrialResult) -> None:
+        """A trial ended, and this is its whole bill."""
+        key = (result.fidelity.stage, result.trial_id)
+        self._running.pop(key, None)
+        self._reports[key] = result.energy
+
+    def _energy_verdict(self, key: tuple[str, str], joules: float | None) -> Verdict:
+        left = self.joules_left
+        limit = self.limits.energy_joules
+        if left is None or limit is None:
+            return Verdict.START
+        paid = self._reports[key].joules or 0.0 if key in self._reports else 0.0
+        due = None if joules is None else max(0.0, joules - paid)  # an interrupted trial goes on where it was
+        if due is None:
+            if self._running:
+                return Verdict.LATER
+            if left > 0:
+                return Verdict.START
+        elif due <= left:
+            return Verdict.START
+        self.refused = (
+            f"{format_joules(self.spent().joules)} of {format_joules(limit)} are spent, and the next trial would take "
+            f"{format_joules(due)}"
+        )
+        sure = self.share * limit - math.fsum(report.joules or 0.0 for report in self._reports.values())
+        return Verdict.LATER if self._running and due is not None and due <= sure else Verdict.STOP
+
+    def _committed(self) -> float:
+        """Joules that are spent, or will be when all that runs costs what was projected."""
+        spent = {key: report.joules or 0.0 for key, report in self._reports.items()}
+        for key, joules in self._running.items():
+            spent[key] = max(joules or 0.0, spent.get(key, 0.0))
+        return math.fsum(spent.values())
+
+
+def _bills(run: RunDir, stages: Collection[str]) -> dict[tuple[str, str], EnergyReport]:
+    """What each trial owes, recorded or not."""
+    recorded = {(t.fidelity.stage, t.trial_id): t.energy for t in run.trials() if t.fidelity.stage in stages}
+    opened = {key for key in trial_folders(run) if key[0] in stages}
+    return recorded | {key: bill(run.trial_folder(*key)) for key in opened - set(recorded)}
+
+
+def _busy_seconds(reports: Iterable[EnergyReport]) -> float:
+    """Time during which at least one trial ran, s."""
+    intervals = sorted((s.start_seconds, s.end_seconds) for report in reports for s in report.shares)
+    total, reached = 0.0, -math.inf
+    for start, end in intervals:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,133 @@
+"""The price of a run's trials before they run, learned from those that ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wattier.config import RunConfig
+from wattier.config_search import StageSection
+from wattier.device_prior import prior_of
+from wattier.energy_model import EnergyModel, Projection
+from wattier.errors import UserError
+from wattier.records import Fidelity, Params, TrialResult
+from wattier.rundir import RunDir
+from wattier.space import random_points, typed_space
+from wattier.units import format_joules, format_seconds
+from wattier.workload import workload_of
+from wattier_gnn.store import Store
+
+SAMPLED = 128  # points of the space that stand for all of it
+
+
+class Costs:
+    """An energy model that hears of every trial once."""
+
+    def __init__(self, model: EnergyModel, ended: Iterable[TrialResult] = ()) -> None:
+        self.model = model
+        for result in ended:
+            self.learn(result)
+
+    def project(self, params: Params, fidelity: Fidelity) -> Projection | None:
+        """Joules and seconds of a whole trial; None = nobody can say yet."""
+        projection = self.model.project(params, fidelity)
+        return projection if math.isfinite(projection.joules) else None
+
+    def joules(self, many: Sequence[Params], fidelity: Fidelity) -> NDArray[np.float64] | None:
+        """Joules of whole trials, [n]; None = nobody can say yet."""
+        joules = self.model.joules(many, fidelity)
+        return joules if bool(np.isfinite(joules).all()) else None
+
+    def learn(self, result: TrialResult) -> None:
+        """A trial ended. One that failed, or needed several attempts, paid for more than it shows."""
+        if result.status not in ("complete", "pruned") or result.attempts > 1 or not result.epochs_done:
+            return
+        self.model.observe(
+            result.params,
+            result.fidelity,
+            joules=result.energy_joules,
+            seconds=result.wall_seconds,
+            share=min(1.0, result.epochs_done / result.fidelity.epochs),
+            method=result.energy.method,
+        )
+
+    def of_space(self, config: RunConfig, fidelity: Fidelity) -> NDArray[np.float64] | None:
+        """Joules of trials drawn evenly from the search space, sorted; None = nobody can say yet."""
+        joules = self.joules(random_points(typed_space(config), SAMPLED, config.seed), fidelity)
+        return None if joules is None else np.sort(joules)
+
+
+def costs_of(run: RunDir, config: RunConfig, store: Store | None) -> Costs:
+    """The costs of a run as far as its trials, and the physics of Wattier's own models, can tell.
+
+    store: None = the data are not prepared yet, so what their structures are like is a guess.
+    """
+    if config.trial is not None:
+        return Costs(EnergyModel(None, typed_space(config)), run.trials())
+    return Costs(EnergyModel(workload_of(config, store), typed_space(config), prior_of(config)), run.trials())
+
+
+def refuse_small_budget(config: RunConfig, costs: Costs) -> None:
+    """Refuse a budget of which not even the cheapest trial of the first stage could be paid.
+
+    Raises:
+        UserError: with the figure that is needed.
+    """
+    section, budget = config.search.stages[0], config.search.budget
+    if budget is None:
+        return
+    fidelity = Fidelity(section.name, section.structures, section.epochs, section.ranks)
+    joules, seconds = _cheapest(config, costs, fidelity)
+    for name, limit, needed, text in (
+        ("joules", budget.joules, joules, format_joules(joules)),
+        ("kilowatt_hours", budget.kilowatt_hours, None if joules is None else joules / 3.6e6, format_joules(joules)),
+        ("seconds", budget.seconds, seconds, format_seconds(seconds)),
+        ("trials", budget.trials, 1.0, "1 trial"),
+    ):
+        if limit is None or (limit > 0 and (needed is None or limit >= needed)):
+            continue
+        need = f"the cheapest trial of stage {section.name!r} needs about {text}" if needed else "must be above 0"
+        figure = "" if needed is None else f" ({needed:.3g})"
+        raise UserError(
+            f"search.budget.{name}: is {limit:g}, but {need}{figure}. Give more, or lower the stage's epochs or "
+            "structures."
+        )
+
+
+def refuse_small_training_budget(
+    run: RunDir, config: RunConfig, costs: Costs, picked: Sequence[Params], fidelity: Fidelity
+) -> None:
+    """The same of full training, whose trials are known: before the first of them, the cheapest must fit.
+
+    Raises:
+        UserError: with the figure that is needed.
+    """
+    budget = config.full_training.budget
+    known = costs.joules(picked, fidelity) if picked else None
+    limit = None if budget is None else budget.energy_joules
+    if limit is None or run.trials(fidelity.stage):
+        return
+    needed = None if known is None else float(known.min())
+    if limit <= 0 or (needed is not None and limit < needed):
+        figure = "must be above 0" if needed is None else f"the cheapest member needs about {format_joules(needed)}"
+        raise UserError(f"full_training.budget: is {format_joules(limit)}, but {figure}. Give more, or lower epochs.")
+
+
+def mean_joules(config: RunConfig, costs: Costs | None, section: StageSection) -> float | None:
+    """What a trial of a stage costs on average over the search space, J; None = nobody can say yet."""
+    fidelity = Fidelity(section.name, section.structures, section.epochs, section.ranks)
+    joules = None if costs is None else costs.of_space(config, fidelity)
+    return None if joules is None else float(joules.mean())
+
+
+def _cheapest(config: RunConfig, costs: Costs, fidelity: Fidelity) -> tuple[float | None, float | None]:
+    points = random_points(typed_space(config), SAMPLED, config.seed)
+    joules = costs.joules(points, fidelity)
+    if joules is None:
+        return None, None
+    cheapest = costs.project(points[int(joules.argmin())], fidelity)
+    seconds = None if cheapest is None or not math.isfinite(cheapest.seconds) else cheapest.seconds
+    return float(joules.min()), seconds

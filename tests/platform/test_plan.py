@@ -1,0 +1,98 @@
+"""What a run will cost before it starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wattier.config import load_config
+from wattier.costs import costs_of
+from wattier.plan import plan_info, store_for_plan
+from wattier.rundir import RunDir
+from wattier.trial import settings_of
+from wattier_gnn.model import ModelConfig, build_model
+from wattier_gnn.sample import SAMPLE_SOURCES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The quickstart's config with a run directory of its own."""
+    folder = tmp_path_factory.mktemp("plan")
+    values = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    values["run_dir"] = str(folder / "run")
+    values["search"]["budget"] = {"kilowatt_hours": 0.001}
+    values["full_training"]["budget"] = {"joules": 5000.0}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(quickstart):
+    config = load_config(quickstart)
+    run = RunDir(Path(config.run_dir))
+    return config, plan_info(run, config, costs_of(run, config, None), None)
+
+
+def test_every_phase_is_there_with_its_trials(plan):
+    _, info = plan
+    counts = {phase.phase: phase.trials for phase in info.phases}
+    assert counts == {"search:scout": 10, "search:final": 5, "full training": 3}
+    assert info.total.trials == 18
+    assert info.search_joules == pytest.approx(3600)
+    assert info.full_joules == 5000
+    assert "no trial yet" in info.basis
+
+
+def test_more_work_costs_more_and_totals_add_up(plan):
+    _, info = plan
+    joules = {phase.phase: phase.joules / phase.trials for phase in info.phases}
+    assert 0 < joules["search:scout"] < joules["search:final"] < joules["full training"]
+    for name in ("joules", "joules_low", "joules_high", "device_hours", "disk_bytes"):
+        parts = [getattr(phase, name) for phase in info.phases]
+        assert getattr(info.total, name) == pytest.approx(sum(parts))
+    for phase in info.phases:
+        assert phase.joules_low < phase.joules < phase.joules_high
+
+
+def test_disk_is_that_of_real_checkpoints(plan):
+    config, info = plan
+    section = settings_of(config, {"hidden_dim": 52})[0]  # the middle of 24 to 80
+    sizes = ModelConfig(tuple(SAMPLE_SOURCES), (1.0,) * 5, 20.0, 4.5, **section.model_dump())
+    parameters = sum(p.numel() for p in build_model(sizes, 0).parameters())
+    each = 5 * 4 * parameters  # best: weights; last: weights, average, two moments; float32
+    assert info.phases[0].disk_bytes / 10 == pytest.approx(each, rel=0.25)
+
+
+def test_a_dry_run_prints_it_and_leaves_nothing(quickstart):
+    done = subprocess.run([sys.executable, "-m", "wattier", "run", "--dry-run", quickstart], capture_output=True,
+                          text=True, check=False, timeout=120, env=os.environ | {"COLUMNS": "200"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ("search:scout", "full training", "device-hours", "disk", "search.budget: at most 3.60 MJ"[:23]):
+        assert text in done.stdout
+    assert not (quickstart.parent / "run").exists()
+
+
+def test_what_is_done_is_not_planned_again(quickstart, monkeypatch):
+    config = load_config(quickstart)
+    run = RunDir(Path(config.run_dir))
+    costs = costs_of(run, config, None)
+    monkeypatch.setattr(RunDir, "trials", lambda _, stage=None: [None] * 10 if stage == "scout" else [])
+    info = plan_info(run, config, costs, None)
+    assert [phase.trials for phase in info.phases] == [0, 5, 3]
+    assert info.phases[0].joules == 0
+
+
+def test_the_published_campaign_has_a_price_too():
+    config = load_config(ROOT / "configs" / "paper.yaml")
+    run = RunDir(Path("/nowhere"))
+    info = plan_info(run, config, costs_of(run, config, store_for_plan(run, config)), None)
+    small, final = info.phases[:2]
+    assert small.joules > 1e6  # a million structures on 16 ranks, 64 times
+    assert final.joules is None  # all structures there are: nobody knows how many
+    assert "not prepared" in info.basis
