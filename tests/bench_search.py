@@ -113,7 +113,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=20, help="repeats of everything; default 20")
     parser.add_argument("--budget", type=float, default=60.0, help="in trainings of median cost; default 60")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default one a core")
-    parser.add_argument("--cache", type=Path, help="a folder that keeps baselines' runs for the next bench")
+    parser.add_argument(
+        "--cache", type=Path, help="a folder that keeps runs for the next bench, as long as the code is the same"
+    )
     parser.add_argument("--json", type=Path, help="write all figures and runs to this file")
     parser.add_argument("--figure", type=Path, help="draw the curves into this HTML file")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Runs many methods on many problems with many seeds, in processes, and keeps baselines' results between benches."""
+"""Runs many methods on many problems with many seeds, in processes, and keeps their results between benches."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def make_run(task: Task) -> Run:
 
 
 def make_runs(tasks: Sequence[Task], jobs: int, cache_folder: Path | None, say: Callable[[str], None]) -> list[Run]:
-    """All runs, in the order of the tasks; a run of a baseline that the cache holds is not made again."""
+    """All runs, in the order of the tasks; a run that the cache holds is not made again."""
     runs: dict[Task, Run] = {}
     for task in tasks:
         if (found := _kept(task, cache_folder)) is not None:
@@ -123,24 +123,37 @@ def _keep(task: Task, run: Run, folder: Path | None) -> None:
 
 
 def _kept_path(task: Task, folder: Path | None) -> Path | None:
-    """Where a baseline's run is kept: it is another one once the problem, the bench or the libraries are."""
-    if folder is None or task.method not in BASELINES:
+    """Where a run is kept: it is another one once the problem, the bench, the libraries or, of ours, Wattier are."""
+    if folder is None:
         return None
-    key = hashlib.sha256(f"{task} {_code()} {_behaviour(task.problem)}".encode()).hexdigest()[:16]
+    ours = "" if task.method in BASELINES else _product()
+    key = hashlib.sha256(f"{task} {_code()} {_behaviour(task.problem)}{ours}".encode()).hexdigest()[:16]
     return folder / f"{task.problem}-{task.method}-{task.seed}-{key}.json"
+
+
+def _product() -> str:
+    """Of all of Wattier, and of how the bench calls it."""
+    import wattier
+
+    paths = sorted(Path(str(wattier.__file__)).parent.glob("*.py"))
+    return " ".join(_meaning(path) for path in [Path(__file__).parent / "ours.py", *paths])
 
 
 @cache
 def _code() -> str:
-    """Of the simulator and the baselines, without comments and docstrings, and the libraries' versions."""
-    trees = []
-    for name in ("account.py", "baselines.py", "space.py"):
-        tree = ast.parse((Path(__file__).parent / name).read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value = ast.Constant(None)
-        trees.append(ast.dump(tree))
+    """Of the simulator and the baselines, and the libraries' versions."""
+    trees = [_meaning(Path(__file__).parent / name) for name in ("account.py", "baselines.py", "space.py")]
     return " ".join([*trees, *(f"{name} {version(name)}" for name in LIBRARIES)])
+
+
+@cache
+def _meaning(path: Path) -> str:
+    """A file's code without comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
+    return ast.dump(tree)
 
 
 @cache
