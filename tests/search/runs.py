@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,14 @@ from wattier.errors import UserError, did_you_mean
 LIBRARIES = ("moocore", "numpy", "optuna", "ray", "scipy", "syne-tune")
 METHODS: dict[str, Method] = {**BASELINES, **OURS}
 TABLES: dict[str, Problem] = {}  # by name; read before the processes are forked
+
+
+def version_of(library: str) -> str:
+    """Its version, or that it is absent: the tests run without what is only benched."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "absent"
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ def problem_named(name: str) -> Problem:
     if name in BUILT_IN:
         return BUILT_IN[name]()
     if name.startswith("nas-") and name[4:] in DATASETS:
+        _needs("nas_bench_graph", name)
         return nas_graph(name[4:])
     if name.startswith("gp") and name[2:].isdecimal() and len(name) < 10:
         return random_function(int(name[2:]))
@@ -61,7 +71,14 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         known = ", ".join(METHODS)
         raise UserError(f"--methods: unknown method {name!r}, known are {known}.{did_you_mean(name, METHODS)}")
+    if name.startswith("mo-asha"):
+        _needs("syne_tune", name)
     return METHODS[name]
+
+
+def _needs(module: str, name: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{name} needs {module}, which is not installed. Install the extra [bench]: make setup-bench.")
 
 
 def make_run(task: Task) -> Run:
@@ -143,7 +160,7 @@ def _product() -> str:
 def _code() -> str:
     """Of the simulator and the baselines, and the libraries' versions."""
     trees = [_meaning(Path(__file__).parent / name) for name in ("account.py", "baselines.py", "space.py")]
-    return " ".join([*trees, *(f"{name} {version(name)}" for name in LIBRARIES)])
+    return " ".join([*trees, *(f"{name} {version_of(name)}" for name in LIBRARIES)])
 
 
 @cache
