@@ -138,7 +138,9 @@ def _options() -> argparse.Namespace:
         "--methods", default=DEFAULT_METHODS, help=f"commas between; default: {DEFAULT_METHODS}; also {', '.join(SLOW)}"
     )
     parser.add_argument("--seeds", type=whole_number, default=20, help="repeats of everything; default 20")
-    parser.add_argument("--budget", type=number_of_trainings, default=60.0, help="in trainings of median cost; default 60")
+    parser.add_argument(
+        "--budget", type=number_of_trainings, default=60.0, help="in trainings of median cost; default 60"
+    )
     parser.add_argument("--jobs", type=whole_number, default=os.cpu_count(), help="processes; default one a core")
     parser.add_argument(
         "--cache", type=Path, help="a folder that keeps runs for the next bench, as long as the code is the same"
