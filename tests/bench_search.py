@@ -24,19 +24,18 @@ import os
 import platform
 import sys
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 from search import compare, runs, show
 from search.baselines import MULTI_FIDELITY
 from search.csv_table import read_table
-from search.draw import figure
 from search.functions import BUILT_IN
 
 from wattier.errors import UserError
 
-DEFAULT_PROBLEMS = ",".join([*BUILT_IN, "nas-cora", "nas-arxiv"])
-DEFAULT_METHODS = ",".join(name for name in runs.METHODS if name != "gp")
+DEFAULT_PROBLEMS = [*BUILT_IN, "nas-cora", "nas-arxiv"]
+SLOW = ("gp", "ours-funnel")
+DEFAULT_METHODS = ",".join(name for name in runs.METHODS if name not in SLOW)
 
 
 def main() -> int:
@@ -53,9 +52,14 @@ def main() -> int:
 def _bench(options: argparse.Namespace) -> None:
     for path in options.table:
         table = read_table(path)
+        if table.name in runs.TABLES:
+            raise UserError(f"--table: {path} is the second table named {table.name}. Rename one of them.")
         runs.TABLES[table.name] = table
-    chosen = options.problems or (",".join(runs.TABLES) if runs.TABLES else DEFAULT_PROBLEMS)
-    problems = [runs.problem_named(name) for name in _names(chosen)]
+    if options.problems is None:
+        chosen = list(runs.TABLES) or DEFAULT_PROBLEMS
+    else:
+        chosen = [*_names(options.problems), *runs.TABLES]
+    problems = [runs.problem_named(name) for name in chosen]
     methods = _names(options.methods)
     for name in methods:
         runs.method_named(name)
@@ -86,12 +90,36 @@ def _bench(options: argparse.Namespace) -> None:
         }  # fmt: skip
         options.json.write_text(json.dumps(report))
     if options.figure is not None:
+        from search.draw import figure
+
         figure(problems, made).write_html(options.figure, include_plotlyjs=True)
 
 
 def _facts(options: argparse.Namespace) -> dict[str, str]:
-    facts = {"python": platform.python_version(), **{name: version(name) for name in runs.LIBRARIES}}
-    return {**facts, "machine": f"{os.cpu_count()} cores {platform.machine()}", "seeds": f"0..{options.seeds - 1}"}
+    facts = {"python": platform.python_version(), **{name: runs.version_of(name) for name in runs.LIBRARIES}}
+    return {**facts, "machine": f"{os.cpu_count()} cores ({_processor()})", "seeds": f"0..{options.seeds - 1}"}
+
+
+def _processor() -> str:
+    """Its name, where the system says it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def whole_number(text: str) -> int:
+    """A whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"is {number}, but must be at least 1")
+    return number
+
+
+def number_of_trainings(text: str) -> float:
+    """A budget: a finite number from 1."""
+    number = float(text)
+    if not 1 <= number < 1e6:
+        raise argparse.ArgumentTypeError(f"is {text}, but must be from 1 to a million trainings")
+    return number
 
 
 def _names(text: str) -> list[str]:
@@ -101,18 +129,22 @@ def _names(text: str) -> list[str]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--problems", help=f"commas between; default: {DEFAULT_PROBLEMS}; also gp<number> and nas-<dataset>"
+        "--problems", help=f"commas between; default: {','.join(DEFAULT_PROBLEMS)}; also gp<number> and nas-<dataset>"
     )
     parser.add_argument(
-        "--table", type=Path, action="append", default=[], help="a CSV; named, only tables are searched"
+        "--table", type=Path, action="append", default=[], help="a CSV; searched alone, unless --problems is given"
     )
     parser.add_argument(
-        "--methods", default=DEFAULT_METHODS, help=f"commas between; default: {DEFAULT_METHODS}; also gp, minutes a run"
+        "--methods", default=DEFAULT_METHODS, help=f"commas between; default: {DEFAULT_METHODS}; also {', '.join(SLOW)}"
     )
-    parser.add_argument("--seeds", type=int, default=20, help="repeats of everything; default 20")
-    parser.add_argument("--budget", type=float, default=60.0, help="in trainings of median cost; default 60")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default one a core")
-    parser.add_argument("--cache", type=Path, help="a folder that keeps baselines' runs for the next bench")
+    parser.add_argument("--seeds", type=whole_number, default=20, help="repeats of everything; default 20")
+    parser.add_argument(
+        "--budget", type=number_of_trainings, default=60.0, help="in trainings of median cost; default 60"
+    )
+    parser.add_argument("--jobs", type=whole_number, default=os.cpu_count(), help="processes; default one a core")
+    parser.add_argument(
+        "--cache", type=Path, help="a folder that keeps runs for the next bench, as long as the code is the same"
+    )
     parser.add_argument("--json", type=Path, help="write all figures and runs to this file")
     parser.add_argument("--figure", type=Path, help="draw the curves into this HTML file")
     return parser.parse_args()

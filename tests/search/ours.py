@@ -22,15 +22,15 @@ def ours(account: Account, seed: int) -> None:
 
 
 def ours_funnel(account: Account, seed: int) -> None:
-    """Three stages of rising fidelity, which pay for what is promoted anew, as stages on more data have to."""
+    """Stages at the last three fidelities, which pay for what is promoted anew, as stages on more data have to."""
     problem = account.problem
-    stages = [
-        {
-            "name": f"epochs{epochs}", "trials": MOST_TRIALS if epochs == problem.epochs[-1] else 60 // epochs,
-            "epochs": epochs, "promote": 0 if i == 0 else 8, "reduction_factor": _factor(problem),
-        }
-        for i, epochs in enumerate(problem.epochs[-3:])
-    ]  # fmt: skip
+    trainings = max(6, round(account.budget_joules / problem.median_joules))
+    stages: list[dict[str, Any]] = []
+    for i, epochs in enumerate(problem.epochs[-3:]):
+        promoted = trainings // 6 if i else 0
+        trials = trainings * (3 if epochs < problem.epochs[-1] else 2)
+        stages.append({"name": f"epochs{epochs}", "trials": trials, "epochs": epochs, "promote": promoted})
+        stages[-1]["reduction_factor"] = _factor(problem)
     _search(account, seed, stages)
 
 
@@ -57,4 +57,4 @@ def _factor(problem: Problem) -> int | None:
     return reduction(problem) if len(problem.epochs) > 1 else None
 
 
-OURS: dict[str, Method] = {"ours": ours}
+OURS: dict[str, Method] = {"ours": ours, "ours-funnel": ours_funnel}

@@ -1,9 +1,10 @@
-"""Runs many methods on many problems with many seeds, in processes, and keeps baselines' results between benches."""
+"""Runs many methods on many problems with many seeds, in processes, and keeps their results between benches."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,14 @@ from wattier.errors import UserError, did_you_mean
 LIBRARIES = ("moocore", "numpy", "optuna", "ray", "scipy", "syne-tune")
 METHODS: dict[str, Method] = {**BASELINES, **OURS}
 TABLES: dict[str, Problem] = {}  # by name; read before the processes are forked
+
+
+def version_of(library: str) -> str:
+    """Its version, or that it is absent: the tests run without what is only benched."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "absent"
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ def problem_named(name: str) -> Problem:
     if name in BUILT_IN:
         return BUILT_IN[name]()
     if name.startswith("nas-") and name[4:] in DATASETS:
+        _needs("nas_bench_graph", name)
         return nas_graph(name[4:])
     if name.startswith("gp") and name[2:].isdecimal() and len(name) < 10:
         return random_function(int(name[2:]))
@@ -61,7 +71,14 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         known = ", ".join(METHODS)
         raise UserError(f"--methods: unknown method {name!r}, known are {known}.{did_you_mean(name, METHODS)}")
+    if name.startswith("mo-asha"):
+        _needs("syne_tune", name)
     return METHODS[name]
+
+
+def _needs(module: str, name: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{name} needs {module}, which is not installed. Install the extra [bench]: make setup-bench.")
 
 
 def make_run(task: Task) -> Run:
@@ -80,7 +97,7 @@ def make_run(task: Task) -> Run:
 
 
 def make_runs(tasks: Sequence[Task], jobs: int, cache_folder: Path | None, say: Callable[[str], None]) -> list[Run]:
-    """All runs, in the order of the tasks; a run of a baseline that the cache holds is not made again."""
+    """All runs, in the order of the tasks; a run that the cache holds is not made again."""
     runs: dict[Task, Run] = {}
     for task in tasks:
         if (found := _kept(task, cache_folder)) is not None:
@@ -123,24 +140,37 @@ def _keep(task: Task, run: Run, folder: Path | None) -> None:
 
 
 def _kept_path(task: Task, folder: Path | None) -> Path | None:
-    """Where a baseline's run is kept: it is another one once the problem, the bench or the libraries are."""
-    if folder is None or task.method not in BASELINES:
+    """Where a run is kept: it is another one once the problem, the bench, the libraries or, of ours, Wattier are."""
+    if folder is None:
         return None
-    key = hashlib.sha256(f"{task} {_code()} {_behaviour(task.problem)}".encode()).hexdigest()[:16]
+    ours = "" if task.method in BASELINES else _product()
+    key = hashlib.sha256(f"{task} {_code()} {_behaviour(task.problem)}{ours}".encode()).hexdigest()[:16]
     return folder / f"{task.problem}-{task.method}-{task.seed}-{key}.json"
+
+
+def _product() -> str:
+    """Of all of Wattier, and of how the bench calls it."""
+    import wattier
+
+    paths = sorted(Path(str(wattier.__file__)).parent.glob("*.py"))
+    return " ".join(_meaning(path) for path in [Path(__file__).parent / "ours.py", *paths])
 
 
 @cache
 def _code() -> str:
-    """Of the simulator and the baselines, without comments and docstrings, and the libraries' versions."""
-    trees = []
-    for name in ("account.py", "baselines.py", "space.py"):
-        tree = ast.parse((Path(__file__).parent / name).read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value = ast.Constant(None)
-        trees.append(ast.dump(tree))
-    return " ".join([*trees, *(f"{name} {version(name)}" for name in LIBRARIES)])
+    """Of the simulator and the baselines, and the libraries' versions."""
+    trees = [_meaning(Path(__file__).parent / name) for name in ("account.py", "baselines.py", "space.py")]
+    return " ".join([*trees, *(f"{name} {version_of(name)}" for name in LIBRARIES)])
+
+
+@cache
+def _meaning(path: Path) -> str:
+    """A file's code without comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
+    return ast.dump(tree)
 
 
 @cache
