@@ -105,7 +105,7 @@ def _run_tune(stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnRe
     try:
         tune.Tuner(
             tune.with_resources(
-                Trainable(run_trial, stage.config.to_yaml(), registry_of_command()).as_function(),
+                Trainable(run_trial, stage.config.to_yaml(), registry_of_command(), driver.bundle).as_function(),
                 tune.PlacementGroupFactory([driver.bundle] * ranks, strategy="PACK"),
             ),
             tune_config=tune.TuneConfig(

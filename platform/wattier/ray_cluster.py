@@ -111,6 +111,14 @@ def bundle_of(resources: ResourcesSection, ranks: int) -> Bundle:
     return bundle | ({"GPU": gpus} if gpus else {})
 
 
+def own_node_lives() -> bool:
+    """Whether the node that this process is connected by is still part of the cluster."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == own and node["Alive"] for node in ray.nodes())
+
+
 def what_is_missing(bundle: Bundle, ranks: int) -> str | None:
     """Why the nodes that are alive could not hold a trial even if all were idle; None = they could."""
     import ray

@@ -22,7 +22,7 @@ from wattier.outcome import (
     shortened,
     write_reason,
 )
-from wattier.ray_cluster import Bundle, what_is_missing
+from wattier.ray_cluster import Bundle, own_node_lives, what_is_missing
 from wattier.records import EpochRecord, Proposal
 from wattier.stall import StallWatch
 from wattier.trial_output import output_name
@@ -30,6 +30,7 @@ from wattier.trial_output import output_name
 log = logging.getLogger(__name__)
 RESULT_WAIT_SECONDS = 60.0  # a stopped trial unwinds, and a shared file system may show its result late
 PLACE_LOOK_SECONDS = 2.0
+RAY_LOST = "its owner has died"  # in what Ray says of a trial's process: the owner is this command's own connection
 TELL_SECONDS = 60.0
 # How Ray's exceptions begin to tell that a process is gone, and not that it raised something.
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "The actor ", RAY_MEMORY)
@@ -89,6 +90,8 @@ class Driver:
 
     def failed(self, tune_id: str, message: str) -> None:
         """An attempt failed, whether another one follows or not; `message` is Ray's."""
+        if RAY_LOST in message:  # no trial's failure: it is interrupted, and the next command takes it up
+            self._ray_is_lost()
         self.watch.ended(tune_id)
         folder = self.folder(tune_id)
         if tune_id in self.reasons:  # it was killed for stalling
@@ -135,15 +138,24 @@ class Driver:
                 ray.kill(trial.temporary_state.ray_actor)  # the other ranks are its own, and end with it
         self._look_for_a_place(trials)
 
+    def _ray_is_lost(self) -> None:
+        self.problem = UserError(
+            f"stage {self.stage.fidelity.stage!r}: Ray itself was lost: the node by which this command is connected "
+            "has ended. Start the same command again; it goes on from here."
+        )
+        raise self.problem
+
     def _look_for_a_place(self, trials: list[Any]) -> None:
-        longest, now = self.watch.stall_seconds, time.monotonic()
-        if longest is None or now < self.look_at:
+        longest, now = self.watch.stall_seconds or math.inf, time.monotonic()
+        if now < self.look_at:
             return
         self.look_at = now + min(PLACE_LOOK_SECONDS, longest / 4)
         waits = any(trial.status == "PENDING" for trial in trials)
         if not waits or any(trial.status == "RUNNING" for trial in trials):
             self.no_place_since = self.waits_since = None
             return
+        if not own_node_lives():
+            self._ray_is_lost()
         missing = what_is_missing(self.bundle, self.stage.fidelity.ranks)
         if missing is None:
             self.no_place_since = None

@@ -10,7 +10,7 @@ from typing import Any
 from wattier.launch import free_port, never_stop, run_rank_zero
 from wattier.node_exporters import use_registry
 from wattier.outcome import ERROR_NAME, TrialFailedError, checked_record, reason_of, reason_of_death, write_error
-from wattier.ray_cluster import Bundle, bundle_of
+from wattier.ray_cluster import Bundle
 from wattier.records import EpochRecord
 from wattier.trial import RunTrial, TrialContext, TrialSpec
 from wattier.trial_output import kept_output, output_name
@@ -26,6 +26,7 @@ class Trainable:
     run_trial: RunTrial
     config_yaml: str
     registry: str | None
+    bundle: Bundle  # of each rank, as reserved: asked again, a cluster that has lost or won nodes might say another
 
     def as_function(self) -> Any:
         """A plain function of Tune's config, as Tune wants it."""
@@ -44,8 +45,7 @@ class Trainable:
         use_registry(self.registry)
         config = _parse(self.config_yaml)
         size = spec.fidelity.ranks
-        bundle = bundle_of(config.resources, size)
-        gpus = bundle.get("GPU", 0.0)
+        gpus = self.bundle.get("GPU", 0.0)
         address, port = ray.util.get_node_ip_address(), free_port()
         stopped: list[SystemExit] = []
 
@@ -64,7 +64,7 @@ class Trainable:
         running: list[Any] = []
         with kept_output(context.folder / output_name(0)):
             try:
-                ranks = _rank_actors(size, bundle) if size > 1 else []
+                ranks = _rank_actors(size, self.bundle) if size > 1 else []
                 running += [
                     actor.run.remote(self, spec, World(rank, size, address, port), gpus)
                     for rank, actor in enumerate(ranks, start=1)
