@@ -33,13 +33,15 @@ from typing import Any, TypeVar, get_args
 
 import optuna
 import psutil
-from wattier.search import distributions, run_search
 
 from wattier.config import RunConfig, SearchSection
+from wattier.funnel import run_search
 from wattier.launch import InlineLauncher, Launcher
+from wattier.optuna_sampler import distributions
 from wattier.records import EpochRecord, Fidelity, TrialResult
 from wattier.rundir import RunDir, append_json_line, write_json
 from wattier.select import compare, select_trials, split_candidates
+from wattier.space import typed_space
 from wattier.trial import TrialContext
 from wattier_telemetry import EnergyMeter, EnergyReport, Share, TrialRegistration, bill, open_source
 from wattier_telemetry.journal import Journal
@@ -195,7 +197,7 @@ def grown(folder: Path, sampler: str, size: int, *, profile: bool) -> None:
 
 def suggestions(folder: Path, sizes: list[int]) -> None:
     """Optuna's part alone: CPU milliseconds of one `ask` for the published space, in studies of two objectives."""
-    space = distributions(new_run(folder, "random", 1).config().search.space)
+    space = distributions(typed_space(new_run(folder, "random", 1).config()))
     samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
         "TPE": lambda: optuna.samplers.TPESampler(seed=0),
         "TPE, multivariate": lambda: optuna.samplers.TPESampler(seed=0, multivariate=True),

@@ -31,7 +31,7 @@ N_STARTUP_TRIALS = 4
 POPULATION = 10  # a stage has tens of trials
 LEARNS_FROM_PRIORS = ("tpe", "gp")  # the others breed from their own trials
 REBUILT_AT_GROWTH = 1.25  # priors are mapped anew when so many more trials have finished
-MOST_TRIALS = 1000  # of a study: a suggestion of TPE takes time in proportion
+MOST_TRIALS = 500  # of a study: a suggestion of TPE takes time in proportion
 _STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from wattier.budget import Budget, Verdict
@@ -129,7 +129,7 @@ class SearchPolicy:
         """Rebuild what an earlier process knew, and line up what it left."""
         done = self.run.trials(self.stage.name)
         finished = {result.trial_id for result in done}
-        self.waiting = [p for p in self._noted() if p.trial_id not in finished]
+        self.waiting = self._noted(finished)
         opened = finished | {p.trial_id for p in self.waiting}
         # Neither another stage nor a killed process of this one has drawn from the same seed.
         seed = zlib.crc32(f"{config.seed} {self.stage.name} {len(opened)}".encode())
@@ -152,11 +152,13 @@ class SearchPolicy:
             self.trials[result.trial_id].result = result
             self.sampler.ended(self._ended(self.trials[result.trial_id], result))
 
-    def _noted(self) -> list[Proposal]:
-        """Trials whose folder exists, by their ``trial.json``."""
+    def _noted(self, finished: Collection[str]) -> list[Proposal]:
+        """Trials whose folder exists, by their ``trial.json``, but for those that have a row."""
         notes = sorted((self.run.path / "trials" / self.stage.name).glob("*/trial.json"))
         return [
-            decode(path, lambda note: Proposal(note["trial_id"], note["params"]), read_json(path)) for path in notes
+            decode(path, lambda note: Proposal(note["trial_id"], note["params"]), read_json(path))
+            for path in notes
+            if path.parent.name not in finished
         ]
 
     def _trial_id(self, index: int) -> str:

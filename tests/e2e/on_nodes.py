@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from wattier.search import FixedPolicy
-
 from wattier.errors import UserError
 from wattier.launch import Stage
+from wattier.policy import FixedPolicy
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
 from wattier.rundir import RunDir
 from wattier_telemetry import EnergyReport

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from wattier.search import FixedPolicy
 
 from wattier.config import RunConfig
 from wattier.launch import LATER, InlineLauncher, Stage
 from wattier.outcome import LONGEST_ERROR
+from wattier.policy import FixedPolicy
 from wattier.records import Fidelity, Proposal
 from wattier.rundir import RunDir
 from wattier.trial_output import KEPT_BYTES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +70,9 @@ def config_of(store: Store, launcher: str = "ray", **sections: dict[str, Any]) -
 def train(config: RunConfig, store: Store, params: Params, fidelity: Fidelity, folder: Path) -> TrainState:
     """A training as a trial makes it."""
     section, training = settings_of(config, params)
-    how = {f.name: getattr(training, f.name) for f in fields(TrainConfig) if hasattr(training, f.name)}
     return Trainer(
         build_model(model_config(store, section), 0), store,
-<<<<<<< HEAD
         TrainConfig(epochs=fidelity.epochs, early_stop_patience=fidelity.epochs, **training.for_trainer()),
-=======
-        TrainConfig(epochs=fidelity.epochs, early_stop_patience=fidelity.epochs, **how),
->>>>>>> cost
         train_indices=choose_subset(store.indices(TRAIN), store.source_index, fidelity.structures, config.seed),
         val_indices=store.indices(VAL), folder=folder, device=torch.device("cpu"),
     ).run(lambda _: True)  # fmt: skip
