@@ -113,7 +113,7 @@ class Beliefs:
         kernels: fitted earlier, extended here.
         observations: at least one.
         pending: configurations that run now: they are believed to end as expected (kriging believer).
-        diverged: configurations that diverged.
+        lost: configurations that diverged or failed.
         cost: projected joules of full trials by a cost model; the joules' model then learns how far it is off.
     """
 
@@ -123,7 +123,7 @@ class Beliefs:
         kernels: Kernels,
         observations: Sequence[Observation],
         pending: Sequence[Params],
-        diverged: Sequence[Params],
+        lost: Sequence[Params],
         cost: CostOf | None,
     ) -> None:
         self.encoder, self.kernels, self.cost = encoder, kernels, cost
@@ -153,7 +153,7 @@ class Beliefs:
             self.loss = GaussianProcess(x, at, np.append(logs, means), encoder.groups, kernel)
         self._set_front(observations, believed)
         self.limits = self._limit_models(observations)
-        self.diverged = encoder.encode(diverged)
+        self.lost = encoder.encode(lost)
 
     def score(self, candidates: Sequence[Params], affordable_joules: float | None = None) -> Array:
         """What candidates promise: expected gain in hypervolume (or loss) per joule, times their chance to be valid."""
@@ -170,7 +170,9 @@ class Beliefs:
             joules = np.ones(len(x)) if self.cost is None else np.maximum(self.cost(candidates), SMALLEST)
         score = gain / joules * self._chance_valid(x)
         if affordable_joules is not None:
-            score = np.where(joules > affordable_joules, score * 1e-9, score)
+            # What is compared may be joules a structure, or to convergence: a budget is of whole trials.
+            price = joules if self.cost is None else self.cost(candidates)
+            score = np.where(price > affordable_joules, score * 1e-9, score)
         return np.asarray(np.nan_to_num(score, nan=0.0, posinf=0.0))
 
     def expected_joules(self, candidates: Sequence[Params]) -> Array:
@@ -228,9 +230,9 @@ class Beliefs:
             mean, sd = model.predict(x)
             room = max(1.0 - shift, SMALLEST)
             chance *= ndtr((math.log(room) - mean) / sd)
-        if len(self.diverged):
+        if len(self.lost):
             width = 0.15 * math.sqrt(x.shape[1])
-            fine, lost = _nearby(x, self.rows, width), _nearby(x, self.diverged, width)
+            fine, lost = _nearby(x, self.rows, width), _nearby(x, self.lost, width)
             chance *= (fine + 1) / (fine + lost + 1)
         return chance
 

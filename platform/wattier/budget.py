@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from typing import NamedTuple
 
 from wattier.config_search import BudgetSection
-from wattier.ledger import trial_folders
+from wattier.ledger import trial_bills
 from wattier.records import TrialResult
 from wattier.rundir import RunDir
 from wattier.units import format_joules, format_seconds
-from wattier_telemetry import EnergyReport, bill
+from wattier_telemetry import EnergyReport
 
 
 class Verdict(Enum):
@@ -76,10 +76,7 @@ class Budget:
             self.refused = f"{spent.trials} trials have started, of {self.limits.trials}"
             return Verdict.STOP
         if self.limits.seconds is not None and spent.seconds + (seconds or 0.0) > self.share * self.limits.seconds:
-            self.refused = (
-                f"{format_seconds(spent.seconds)} of {format_seconds(self.limits.seconds)} are spent, and the next "
-                f"trial would take {format_seconds(seconds)}"
-            )
+            self._refuse(spent.seconds, self.limits.seconds, seconds, format_seconds)
             return Verdict.STOP
         return self._energy_verdict(key, joules)
 
@@ -107,12 +104,13 @@ class Budget:
                 return Verdict.START
         elif due <= left:
             return Verdict.START
-        self.refused = (
-            f"{format_joules(self.spent().joules)} of {format_joules(limit)} are spent, and the next trial would take "
-            f"{format_joules(due)}"
-        )
+        self._refuse(self.spent().joules, limit, due, format_joules)
         sure = self.share * limit - math.fsum(report.joules or 0.0 for report in self._reports.values())
         return Verdict.LATER if self._running and due is not None and due <= sure else Verdict.STOP
+
+    def _refuse(self, spent: float, limit: float, due: float | None, text: Callable[[float | None], str]) -> None:
+        share = "" if self.share >= 1 else f", of which {text(self.share * limit)} are for the stages so far,"
+        self.refused = f"{text(spent)} of {text(limit)}{share} are spent, and the next trial would take {text(due)}"
 
     def _committed(self) -> float:
         """Joules that are spent, or will be when all that runs costs what was projected."""
@@ -123,10 +121,12 @@ class Budget:
 
 
 def _bills(run: RunDir, stages: Collection[str]) -> dict[tuple[str, str], EnergyReport]:
-    """What each trial owes, recorded or not."""
-    recorded = {(t.fidelity.stage, t.trial_id): t.energy for t in run.trials() if t.fidelity.stage in stages}
-    opened = {key for key in trial_folders(run) if key[0] in stages}
-    return recorded | {key: bill(run.trial_folder(*key)) for key in opened - set(recorded)}
+    """What each trial that was started owes, recorded or not."""
+    return {
+        key: report
+        for key, report in trial_bills(run, stages).items()
+        if report.shares or (run.trial_folder(*key) / "trial.json").exists()  # else its row says that it was not paid
+    }
 
 
 def _busy_seconds(reports: Iterable[EnergyReport]) -> float:

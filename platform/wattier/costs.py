@@ -28,6 +28,7 @@ class Costs:
 
     def __init__(self, model: EnergyModel, ended: Iterable[TrialResult] = ()) -> None:
         self.model = model
+        self._heard: set[tuple[str, str]] = set()
         for result in ended:
             self.learn(result)
 
@@ -45,6 +46,10 @@ class Costs:
         """A trial ended. One that failed, or needed several attempts, paid for more than it shows."""
         if result.status not in ("complete", "pruned") or result.attempts > 1 or not result.epochs_done:
             return
+        key = (result.fidelity.stage, result.trial_id)
+        if key in self._heard:
+            return
+        self._heard.add(key)
         self.model.observe(
             result.params,
             result.fidelity,

@@ -14,7 +14,8 @@ from wattier.multifidelity import Observation
 from wattier.objectives import Objectives
 from wattier.pareto import non_dominated_ranks
 from wattier.policy import Before, SearchPolicy
-from wattier.records import Fidelity, Proposal, TrialResult
+from wattier.priors import key_of
+from wattier.records import Fidelity, Params, Proposal, TrialResult
 from wattier.rundir import RunDir, append_json_line, read_json, write_json
 from wattier.sampler import Point
 from wattier.select import by_trade_off, compare, split_candidates
@@ -55,12 +56,12 @@ def run_search(  # noqa: PLR0913  (who launches, who listens, who knows the pric
         mirror: shows the trials to optuna-dashboard.
     """
     objectives = objectives or Objectives.of(config.search)
-    shares = budget_shares(config, costs, n_training)
     for index, section in enumerate(config.search.stages):
         earlier = config.search.stages[index - 1].name if index else ""
-        promoted = promoted_trials(run.trials(), earlier, section.promote, objectives)
+        promoted = promoted_trials(each_once(run.trials(earlier)), earlier, section.promote, objectives)
         stage = Stage(run, config, fidelity_of(section), section.trials)
-        budget = Budget(config.search.budget, run, stage_names(config), shares[section.name])
+        share = budget_shares(config, costs, n_training)[section.name]
+        budget = Budget(config.search.budget, run, stage_names(config), share)
 
         def make_policy(section: StageSection = section, promoted=promoted, budget: Budget = budget) -> SearchPolicy:  # type: ignore[no-untyped-def]
             return SearchPolicy(
@@ -129,6 +130,14 @@ def adopt_finished(stage: Stage) -> None:
             append_json_line(stage.run.trials_path, result.to_dict())
 
 
+def each_once(results: Sequence[TrialResult]) -> list[TrialResult]:
+    """One trial a configuration: of those that ran several times the finished one with the lowest loss."""
+    best: dict[str, TrialResult] = {}
+    for result in sorted(results, key=lambda r: (r.status != "complete", r.val_loss is None, r.val_loss or 0.0)):
+        best.setdefault(key_of(result.params), result)
+    return list(best.values())
+
+
 def promoted_trials(
     results: Sequence[TrialResult], stage: str, count: int, objectives: Objectives | None = None
 ) -> list[TrialResult]:
@@ -170,10 +179,14 @@ def what_was_before(  # noqa: PLR0913, PLR0917
     """What other campaigns and earlier stages have taught, each trial at its fidelity relative to this stage's."""
     space, here = typed_space(config), fidelity_of(section)
     names = stage_names(config)
-    seen, points = _from_priors(priors, here, objectives, n_training)
+    seen, points, lost = _from_priors(priors, here, objectives, n_training)
     for name in names[: names.index(section.name)]:
         for trial in run.trials(name):
-            if trial.val_loss is None or not trial.epochs_done or not contains(space, trial.params):
+            if not contains(space, trial.params):
+                continue
+            if trial.diverged or trial.status == "failed":
+                lost.append(trial.params)
+            if trial.val_loss is None or not trial.epochs_done:
                 continue
             share = min(LESS_THAN_ALL, size_of(trial.fidelity, n_training) / size_of(here, n_training))
             done = min(1.0, trial.epochs_done / trial.fidelity.epochs)
@@ -186,15 +199,16 @@ def what_was_before(  # noqa: PLR0913, PLR0917
                 seen.append(Observation(trial.params, share * done, values[0], second, trial.limit_ratios, False))
             if trial.status == "complete" and (own := objectives.of_result(trial)) is not None:
                 points.append(Point(trial.params, own))
-    return Before(seen, points)
+    return Before(seen, points, lost)
 
 
 def _from_priors(
     priors: Sequence[PriorTrial], here: Fidelity, objectives: Objectives, n_training: int | None
-) -> tuple[list[Observation], list[Point]]:
+) -> tuple[list[Observation], list[Point], list[Params]]:
     """Trials of other campaigns: of a lower fidelity, however far they were trained, since on other data."""
     seen: list[Observation] = []
     points: list[Point] = []
+    lost = [prior.params for prior in priors if prior.val_loss is None]  # they diverged
     for prior in priors:
         if prior.val_loss is None:
             continue
@@ -208,7 +222,7 @@ def _from_priors(
         seen.append(Observation(prior.params, share, values[0], values[1] if len(values) > 1 else None, {}, False))
         if prior.status == "complete":
             points.append(Point(prior.params, values))
-    return seen, points
+    return seen, points, lost
 
 
 def is_over(run: RunDir, config: RunConfig, section: StageSection) -> bool:

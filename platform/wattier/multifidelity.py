@@ -54,30 +54,30 @@ class MultiFidelitySampler:
         observations: Sequence[Observation],
         *,
         pending: Sequence[Params] = (),
-        diverged: Sequence[Params] = (),
+        lost: Sequence[Params] = (),
         cost: CostOf | None = None,
         affordable_joules: float | None = None,
     ) -> Params | None:
-        """The next configuration to run; None when every one of a finite space has run, runs, or has diverged.
+        """The next configuration to run; None when every one of a finite space has run, runs, or is lost.
 
         Args:
             observations: in the order in which they were made.
             pending: configurations that run now.
-            diverged: configurations that diverged.
+            lost: configurations that diverged or failed.
             cost: projected joules of full trials, if a cost model knows.
             affordable_joules: what is left; a configuration that needs more is proposed only if all do.
         """
         # Matrices are small: threads cost more than they give (30 times more, measured on two cores).
         with self._threads.limit(limits=1, user_api="blas"):
             closed = {self.encoder.key(o.params) for o in observations if o.complete}
-            closed |= {self.encoder.key(params) for params in (*pending, *diverged)}
+            closed |= {self.encoder.key(params) for params in (*pending, *lost)}
             tried = {self.encoder.key(o.params): o.params for o in observations}
-            rng = np.random.default_rng([self.seed, len(observations), len(pending), len(diverged)])
+            rng = np.random.default_rng([self.seed, len(observations), len(pending), len(lost)])
             beliefs = None
             if len(tried) >= 3:
-                beliefs = Beliefs(self.encoder, self._kernels, observations, pending, diverged, cost)
+                beliefs = Beliefs(self.encoder, self._kernels, observations, pending, lost, cost)
             if beliefs is None or len(closed | set(tried)) < self.n_first:
-                known = [*tried.values(), *pending, *diverged]
+                known = [*tried.values(), *pending, *lost]
                 return self._spread(known, closed, rng, beliefs, cost)
             return self._best(beliefs, self._candidates(observations, closed, rng), closed, rng, affordable_joules)
 

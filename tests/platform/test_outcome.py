@@ -84,7 +84,7 @@ class TestReasons:
 
 class TestRecords:
     def test_a_sound_one_passes(self):
-        assert checked_record(RECORD) is RECORD
+        assert checked_record(RECORD) == RECORD
         for loss in (None, float("nan"), float("inf"), 3):
             checked_record(replace(RECORD, val_loss=loss))
 
