@@ -56,12 +56,15 @@ def run_search(  # noqa: PLR0913  (who launches, who listens, who knows the pric
         mirror: shows the trials to optuna-dashboard.
     """
     objectives = objectives or Objectives.of(config.search)
+    if n_training is None:  # of data of your own nobody knows more than this
+        n_training = max(section.structures or 1 for section in config.search.stages)
     for index, section in enumerate(config.search.stages):
         earlier = config.search.stages[index - 1].name if index else ""
         promoted = promoted_trials(each_once(run.trials(earlier)), earlier, section.promote, objectives)
         stage = Stage(run, config, fidelity_of(section), section.trials)
         share = budget_shares(config, costs, n_training)[section.name]
-        budget = Budget(config.search.budget, run, stage_names(config), share)
+        names = stage_names(config)
+        budget = Budget(config.search.budget, run, names, share, names[: index + 1])
 
         def make_policy(section: StageSection = section, promoted=promoted, budget: Budget = budget) -> SearchPolicy:  # type: ignore[no-untyped-def]
             return SearchPolicy(
@@ -252,7 +255,8 @@ def stage_names(config: RunConfig) -> list[str]:
 
 def size_of(fidelity: Fidelity, n_training: int | None) -> float:
     """How much a trial of a fidelity sees: structures times epochs."""
-    return float(fidelity.epochs * (fidelity.structures or n_training or 1))
+    there = n_training or fidelity.structures or 1
+    return float(fidelity.epochs * min(fidelity.structures or there, there))
 
 
 def budget_shares(config: RunConfig, costs: Costs | None, n_training: int | None) -> dict[str, float]:

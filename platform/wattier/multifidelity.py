@@ -78,7 +78,7 @@ class MultiFidelitySampler:
                 beliefs = Beliefs(self.encoder, self._kernels, observations, pending, lost, cost)
             if beliefs is None or len(closed | set(tried)) < self.n_first:
                 known = [*tried.values(), *pending, *lost]
-                return self._spread(known, closed, rng, beliefs, cost)
+                return self._spread(known, closed, rng, beliefs, cost, affordable_joules)
             return self._best(beliefs, self._candidates(observations, closed, rng), closed, rng, affordable_joules)
 
     def _best(
@@ -98,13 +98,14 @@ class MultiFidelitySampler:
             candidates, scores = candidates + closer, np.append(scores, beliefs.score(closer, joules))
         return candidates[int(np.argmax(scores))]
 
-    def _spread(
+    def _spread(  # noqa: PLR0913, PLR0917  (all that is known)
         self,
         known: Sequence[Params],
         closed: set[Key],
         rng: np.random.Generator,
         beliefs: Beliefs | None,
         cost: CostOf | None,
+        joules: float | None,
     ) -> Params | None:
         """The point of a low-discrepancy sequence that is farthest from what is known, for the root of its joules."""
         known_keys = {self.encoder.key(params) for params in known}
@@ -123,6 +124,8 @@ class MultiFidelitySampler:
             distance /= np.sqrt(beliefs.expected_joules(candidates))
         elif cost is not None:
             distance /= np.sqrt(np.maximum(cost(candidates), 1e-12))
+        if cost is not None and joules is not None:
+            distance = np.where(cost(candidates) > joules, distance * 1e-9, distance)
         return candidates[int(np.argmax(distance))]
 
     def _candidates(

@@ -109,6 +109,11 @@ def select(run: RunDir, config: RunConfig, listener: Listener) -> Selection:
         raise UserError(
             f"{run.path}: {missing} trials of stage {stage.name!r} are not done. Run `wattier search` first."
         )
+    if missing == stage.trials and (end := stage_end(run, stage.name)) is not None:
+        raise UserError(
+            f"{run.path}: no trial of stage {stage.name!r} was started: {end['reason']}. Raise search.budget, and run "
+            "the same command again."
+        )
     project = _not_projected if config.trial is not None else _projection(Store(run.store_path), config)
     selection = select_trials(run.trials(), config.select, stage=stage.name, project=project)
     if run.selection() != selection:
