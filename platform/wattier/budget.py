@@ -61,7 +61,7 @@ class Budget:
         self._reports = _bills(run, stages)
         self._running: dict[tuple[str, str], float | None] = {}  # projected joules
         self._before_seconds = _busy_seconds(self._reports.values())
-        self._shared_seconds = _busy_seconds(report for (stage, _), report in self._reports.items() if stage in self.sharing)
+        self._shared_seconds = _busy_seconds(r for (stage, _), r in self._reports.items() if stage in self.sharing)
         self._began = time.monotonic()
         self.refused: str | None = None  # why the last trial was not started, in words
 

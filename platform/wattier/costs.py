@@ -103,9 +103,7 @@ def refuse_small_training_budget(
         _refuse_small("full_training.budget", budget, "the cheapest member", _cheapest(costs, picked, fidelity))
 
 
-def _refuse_small(
-    place: str, budget: BudgetSection, trial: str, cheapest: tuple[float | None, float | None]
-) -> None:
+def _refuse_small(place: str, budget: BudgetSection, trial: str, cheapest: tuple[float | None, float | None]) -> None:
     joules, seconds = cheapest
     for name, limit, needed, text in (
         ("joules", budget.joules, joules, format_joules(joules)),

@@ -29,7 +29,7 @@ class Known(NamedTuple):
         earlier: what finished in the stages before, the last one last.
         finished: what finished in this stage.
         pending: what runs, or waits to.
-        lost: what diverged, failed, or left nothing to compare it by, here or in an earlier stage: not to be tried again.
+        lost: what diverged, failed, or left nothing to compare it by, also in earlier stages: not to be tried again.
         cost: projected joules, where there is a model of them.
         affordable_joules: what a trial may cost, None = anything.
     """
