@@ -144,7 +144,7 @@ class SearchPolicy:
         self.sampler = sampler_for(config, self.space, seed)
         self.free_ids = [i for i in map(self._trial_id, range(self.stage.trials)) if i not in opened]
         # By parameters, not by place: under another budget the stage before may go on, and promote others.
-        tried = {key_of(trial.params) for trial in (*done, *self.waiting)}
+        tried = {key_of(result.params) for result in done} | {key_of(p.params) for p in self.waiting}
         for params in promoted:
             if self.free_ids and key_of(params) not in tried:
                 self.waiting.append(Proposal(self.free_ids.pop(0), dict(params)))
