@@ -23,6 +23,7 @@ N_KERNEL = 120  # observations its kernel is fitted to
 LARGEST = 1e100
 FLOORS = (0.0, 0.3, 3.0)  # candidates for `Scale.floor`
 MARGIN = 0.1  # of the range of each objective, beyond the worst that was seen: as `select.compare` does
+EXCESS_OF_LOST = 2.0  # times what is allowed
 SMALLEST = 1e-300
 
 
@@ -129,7 +130,8 @@ class Beliefs:
         self.encoder, self.kernels, self.cost = encoder, kernels, cost
         self.two_objectives = all(observation.joules is not None for observation in observations)
         self.x = encoder.encode([observation.params for observation in observations])
-        self.latest = list({encoder.key(o.params): index for index, o in enumerate(observations)}.values())
+        self.keys = [encoder.key(o.params) for o in observations]
+        self.latest = list({key: index for index, key in enumerate(self.keys)}.values())
         losses = _winsorised(np.clip([o.loss for o in observations], -LARGEST, LARGEST))
         fidelities = np.clip([o.fidelity for o in observations], 1e-9, 1.0)
         kept = _informative(observations)
@@ -152,8 +154,7 @@ class Beliefs:
             x, at = np.vstack([self.rows, waiting]), np.append(z[kept], np.zeros(len(pending)))
             self.loss = GaussianProcess(x, at, np.append(logs, means), encoder.groups, kernel)
         self._set_front(observations, believed)
-        self.limits = self._limit_models(observations)
-        self.lost = encoder.encode(lost)
+        self.limits = [*self._limit_models(observations), *self._lost_model(lost)]
 
     def score(self, candidates: Sequence[Params], affordable_joules: float | None = None) -> Array:
         """What candidates promise: expected gain in hypervolume (or loss) per joule, times their chance to be valid."""
@@ -197,8 +198,10 @@ class Beliefs:
 
     def _latest_model(self, name: str, values: Array) -> tuple[GaussianProcess, float]:
         """A model of what hardly depends on fidelity: the latest value of each configuration, and its scale's shift."""
-        values = np.minimum(values, LARGEST)
-        x, z, kept = self.x[self.latest], np.zeros(len(values)), slice(-N_MODEL, None)
+        return self._model(name, self.x[self.latest], np.minimum(values, LARGEST))
+
+    def _model(self, name: str, x: Array, values: Array) -> tuple[GaussianProcess, float]:
+        z, kept = np.zeros(len(values)), slice(-N_MODEL, None)
         kernel, scale = self.kernels.get(name, x, z, values, self.encoder.groups)
         shift = scale.shift(values)
         return GaussianProcess(x[kept], z[kept], np.log(values[kept] - shift), self.encoder.groups, kernel), shift
@@ -224,23 +227,22 @@ class Beliefs:
                 models.append(self._latest_model(f"limit {name}", values))
         return models
 
+    def _lost_model(self, lost: Sequence[Params]) -> list[tuple[GaussianProcess, float]]:
+        """What diverged or failed, as if it had used too much of something that all others used little of."""
+        if not lost:
+            return []
+        taken = {self.encoder.key(params) for params in lost}
+        fine = [row for row in self.latest if self.keys[row] not in taken]
+        x = np.vstack([self.x[fine], self.encoder.encode(lost)])
+        return [self._model("lost", x, np.repeat([1 / EXCESS_OF_LOST, EXCESS_OF_LOST], [len(fine), len(lost)]))]
+
     def _chance_valid(self, x: Array) -> Array:
         chance = np.ones(len(x))
         for model, shift in self.limits:
             mean, sd = model.predict(x)
             room = max(1.0 - shift, SMALLEST)
             chance *= ndtr((math.log(room) - mean) / sd)
-        if len(self.lost):
-            width = 0.15 * math.sqrt(x.shape[1])
-            fine, lost = _nearby(x, self.rows, width), _nearby(x, self.lost, width)
-            chance *= (fine + 1) / (fine + lost + 1)
         return chance
-
-
-def _nearby(x: Array, centres: Array, width: float) -> Array:
-    """Number of centres around each row, softly counted."""
-    squared = ((x[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
-    return np.asarray(np.exp(-0.5 * squared / width**2).sum(axis=1))
 
 
 def _exp(values: Array) -> Array:
