@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Budget:
         run: RunDir,
         stages: Collection[str],
         share: float = 1.0,
-        sharing: Collection[str] | None = None,
+        sharing: Sequence[str] | None = None,
     ) -> None:
         """Read what was spent.
 
@@ -54,10 +54,11 @@ class Budget:
             run: where it was spent.
             stages: whose trials count.
             share: of joules and seconds, 0 to 1, that some of the stages may spend.
-            sharing: those stages: the present one and all before it; None = all.
+            sharing: those stages, the present one last, which may start one trial whatever its share; None = all.
         """
         self.limits = limits or BudgetSection()
         self.share, self.sharing = share, set(stages if sharing is None else sharing)
+        self._present = None if sharing is None else sharing[-1]
         self._reports = _bills(run, stages)
         self._running: dict[tuple[str, str], float | None] = {}  # projected joules
         self._before_seconds = _busy_seconds(self._reports.values())
@@ -85,7 +86,7 @@ class Budget:
             return Verdict.STOP
         if (limit := self.limits.seconds) is not None:
             shared = spent.seconds - self._before_seconds + self._shared_seconds
-            if (seconds or 0.0) > min(limit - spent.seconds, self.share * limit - shared):
+            if (seconds or 0.0) > min(limit - spent.seconds, self._share_of(limit) - shared):
                 self._refuse(spent.seconds, shared, limit, seconds, format_seconds)
                 return Verdict.STOP
         return self._energy_verdict(key, joules)
@@ -133,7 +134,12 @@ class Budget:
         for key, joules in self._running.items() if running else ():
             spent[key] = max(joules or 0.0, spent.get(key, 0.0))
         shared = math.fsum(joules for (stage, _), joules in spent.items() if stage in self.sharing)
-        return min(limit - math.fsum(spent.values()), self.share * limit - shared)
+        return min(limit - math.fsum(spent.values()), self._share_of(limit) - shared)
+
+    def _share_of(self, limit: float) -> float:
+        """What the stages up to the present one may spend: all of it, where that one has not started any trial yet."""
+        has_begun = any(stage == self._present for stage, _ in (*self._reports, *self._running))
+        return limit if self._present is not None and not has_begun else self.share * limit
 
 
 def _bills(run: RunDir, stages: Collection[str]) -> dict[tuple[str, str], EnergyReport]:

@@ -3,13 +3,15 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import wattier
 from wattier import run as steps
-from wattier.budget import Budget
+from wattier.budget import Budget, Verdict
 from wattier.config import RunConfig
 from wattier.config_search import BudgetSection
 from wattier.costs import Costs, refuse_small_training_budget
@@ -21,6 +23,7 @@ from wattier.ledger import ledger_info
 from wattier.multifidelity import MultiFidelitySampler, Observation
 from wattier.objectives import Objectives
 from wattier.optuna_sampler import MOST_TRIALS, OptunaSampler
+from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.policy import SearchPolicy
 from wattier.records import EpochRecord, Fidelity, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, append_json_line, write_json
@@ -237,6 +240,16 @@ class TestBudget:
         assert len(set(finals)) == 4
         assert search(path, train, stages, budget={"joules": 50.0}, sampler="random").spent.trials == 16
 
+    def test_a_stage_may_start_one_trial_whatever_its_share(self, tmp_path):
+        run = RunDir.create(config_of(tmp_path / "run"))
+        budget = Budget(BudgetSection(joules=100.0, seconds=100.0), run, ["scout", "final"], 0.1, ["scout"])
+        assert budget.verdict("scout", "a", 20.0, 20.0) is Verdict.START
+        assert budget.verdict("scout", "a", 101.0, 20.0) is Verdict.STOP
+        assert budget.verdict("scout", "a", 20.0, 101.0) is Verdict.STOP
+        budget.opened("scout", "a", 20.0)
+        assert budget.verdict("scout", "b", 20.0, 1.0) is Verdict.STOP
+        assert "of the 10.0 J for the stages up to this one" in budget.refused
+
     def test_a_stage_on_all_data_is_not_taken_for_one_on_none(self, tmp_path):
         stages = [{"name": "scout", "trials": 12, "structures": 100, "reduction_factor": None},
                   {"name": "final", "trials": 3, "epochs": 10, "promote": 1, "reduction_factor": None}]  # fmt: skip
@@ -322,3 +335,22 @@ def test_a_config_is_not_replaced_while_a_run_goes_on(tmp_path):
     assert run.config_path.read_text() == before
     RunDir.create(config_of(tmp_path / "run", budget={"joules": 20.0}))
     assert run.config_path.read_text() != before
+
+
+def test_the_peak_of_a_trial_is_not_that_of_the_one_before_it_in_the_same_process(monkeypatch):
+    """On a GPU torch keeps what was freed, and a peak begins at what is kept."""
+    gpu = SimpleNamespace(used=0, kept=0, peak=0)
+
+    def train(size):
+        gpu.kept = max(gpu.kept, gpu.used + size)
+        gpu.peak = max(gpu.peak, gpu.kept)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(gpu, "kept", gpu.used))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: setattr(gpu, "peak", gpu.kept))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: gpu.peak)
+    device, peaks = torch.device("cuda", 0), []
+    for size in (1000, 10):
+        reset_peak_memory(device)
+        train(size)
+        peaks.append(peak_memory_bytes(device))
+    assert peaks == [1000, 10]
