@@ -65,6 +65,11 @@ class Costs:
         return None if joules is None else np.sort(joules)
 
 
+def fidelity_of(section: StageSection) -> Fidelity:
+    """How far the trials of a stage are trained."""
+    return Fidelity(section.name, section.structures, section.epochs, section.ranks)
+
+
 def costs_of(run: RunDir, config: RunConfig, store: Store | None) -> Costs:
     """The costs of a run as far as its trials, and the physics of Wattier's own models, can tell.
 
@@ -84,7 +89,7 @@ def refuse_small_budget(config: RunConfig, costs: Costs) -> None:
     section, budget = config.search.stages[0], config.search.budget
     if budget is None:
         return
-    fidelity = Fidelity(section.name, section.structures, section.epochs, section.ranks)
+    fidelity = fidelity_of(section)
     points = random_points(typed_space(config), SAMPLED, config.seed)
     trial = f"the cheapest trial of stage {section.name!r}"
     _refuse_small("search.budget", budget, trial, _cheapest(costs, points, fidelity))
@@ -120,7 +125,7 @@ def _refuse_small(place: str, budget: BudgetSection, trial: str, cheapest: tuple
 
 def mean_joules(config: RunConfig, costs: Costs | None, section: StageSection) -> float | None:
     """What a trial of a stage costs on average over the search space, J; None = nobody can say yet."""
-    fidelity = Fidelity(section.name, section.structures, section.epochs, section.ranks)
+    fidelity = fidelity_of(section)
     joules = None if costs is None else costs.of_space(config, fidelity)
     return None if joules is None else float(joules.mean())
 

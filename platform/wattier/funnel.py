@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from wattier.budget import Budget
 from wattier.config import RunConfig
 from wattier.config_search import StageSection
-from wattier.costs import Costs, mean_joules
+from wattier.costs import Costs, fidelity_of, mean_joules
 from wattier.launch import Launcher, NotNow, Policy, Stage
 from wattier.mirror import Mirror
 from wattier.multifidelity import Observation
@@ -241,11 +241,6 @@ def stage_end(run: RunDir, stage: str) -> Mapping[str, object] | None:
     notes = read_json(run.search_path) if run.search_path.exists() else {}
     note = notes.get(stage) if isinstance(notes, dict) else None
     return note if isinstance(note, dict) and {"reason", "budget"} <= set(note) else None
-
-
-def fidelity_of(section: StageSection) -> Fidelity:
-    """How far the trials of a stage are trained."""
-    return Fidelity(section.name, section.structures, section.epochs, section.ranks)
 
 
 def stage_names(config: RunConfig) -> list[str]:

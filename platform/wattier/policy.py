@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from wattier.budget import Budget, Verdict
 from wattier.config import RunConfig
 from wattier.config_search import StageSection
-from wattier.costs import Costs
+from wattier.costs import Costs, fidelity_of
 from wattier.energy_model import Projection
 from wattier.halving import Halving, ParetoHalving
 from wattier.launch import LATER, NotNow
@@ -68,7 +68,7 @@ class SearchPolicy:
         costs: Costs | None = None,
     ) -> None:
         self.stage, self.run = stage, run
-        self.fidelity = Fidelity(stage.name, stage.structures, stage.epochs, stage.ranks)
+        self.fidelity = fidelity_of(stage)
         self.before = before or Before()
         self.objectives = objectives or Objectives.of(config.search)
         self.costs = costs

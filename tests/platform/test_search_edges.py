@@ -17,6 +17,7 @@ from wattier.config_search import BudgetSection
 from wattier.costs import Costs, refuse_small_training_budget
 from wattier.energy_model import EnergyModel
 from wattier.errors import UserError
+from wattier.fulltrain import train_members
 from wattier.funnel import what_was_before
 from wattier.launch import LATER
 from wattier.ledger import ledger_info
@@ -28,6 +29,7 @@ from wattier.policy import SearchPolicy
 from wattier.records import EpochRecord, Fidelity, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, append_json_line, write_json
 from wattier.sampler import Ended, Known
+from wattier.select import select_trials
 from wattier.space import random_points, typed_space
 from wattier.warm_start import PriorTrial
 from wattier_telemetry import EnergyReport, Share
@@ -273,6 +275,26 @@ class TestBudget:
         picked = [{"width": 2.0, "kind": "a"}]
         with pytest.raises(UserError, match=what):
             refuse_small_training_budget(RunDir(tmp_path / "run"), config, Costs(model), picked, FULL)
+
+    def test_what_full_training_does_not_pay_for_is_one_row_however_often_it_is_asked(self, tmp_path):
+        class NothingStarts:
+            def run(self, stage, policy, run_trial, on_result):
+                assert policy.propose() is None
+
+        config = config_of(tmp_path / "run")
+        full = config.full_training.model_copy(update={"budget": BudgetSection(trials=0)})
+        config = config.model_copy(update={"full_training": full})
+        run = RunDir.create(config)
+        for number in range(3):
+            append_json_line(run.trials_path, row(f"only-00{number}", 1.0 + number, loss=0.5 - 0.1 * number).to_dict())
+        selection = select_trials(run.trials(), config.select, stage="only", project=lambda _: None)
+        write_json(run.selection_path, selection.to_dict())
+        for _ in range(2):
+            heard = []
+            with pytest.raises(UserError, match=r"not started: 0 trials have started, of 0"):
+                train_members(run, config, NothingStarts(), None, heard.append)
+            assert [result.trial_id for result in heard] == list(selection.picked)
+            assert len(run.trials_path.read_text().splitlines()) == 3 + len(selection.picked)
 
     def test_a_last_stage_that_it_left_empty_is_named_as_such(self, tmp_path):
         stages = [{"name": "scout", "trials": 3}, {"name": "final", "trials": 2, "promote": 1}]
