@@ -182,7 +182,7 @@ def what_was_before(  # noqa: PLR0913, PLR0917
     """What other campaigns and earlier stages have taught, each trial at its fidelity relative to this stage's."""
     space, here = typed_space(config), fidelity_of(section)
     names = stage_names(config)
-    seen, points, lost = _from_priors(priors, here, objectives, n_training)
+    seen, points, lost = _from_priors(priors, here, objectives, costs, n_training)
     for name in names[: names.index(section.name)]:
         for trial in run.trials(name):
             if not contains(space, trial.params):
@@ -191,22 +191,29 @@ def what_was_before(  # noqa: PLR0913, PLR0917
                 lost.append(trial.params)
             if trial.val_loss is None or not trial.epochs_done:
                 continue
-            share = min(LESS_THAN_ALL, size_of(trial.fidelity, n_training) / size_of(here, n_training))
+            ratio = size_of(trial.fidelity, n_training) / size_of(here, n_training)
             done = min(1.0, trial.epochs_done / trial.fidelity.epochs)
-            joules = None if trial.energy_joules is None else trial.energy_joules / (share * done)
-            if costs is not None and (known := costs.joules([trial.params], here)) is not None:
-                joules = float(known[0])
-            values = objectives.values(trial.params, trial.val_loss, joules, trial.structures_seen / (share * done))
+            joules = _joules_here(costs, here, trial.params, trial.energy_joules, ratio * done)
+            values = objectives.values(trial.params, trial.val_loss, joules, trial.structures_seen / (ratio * done))
             if values is not None:
-                second = values[1] if len(values) > 1 else None
+                second, share = values[1] if len(values) > 1 else None, min(LESS_THAN_ALL, ratio)
                 seen.append(Observation(trial.params, share * done, values[0], second, trial.limit_ratios, False))
             if trial.status == "complete" and (own := objectives.of_result(trial)) is not None:
                 points.append(Point(trial.params, own))
     return Before(seen, points, lost)
 
 
+def _joules_here(
+    costs: Costs | None, here: Fidelity, params: Params, joules: float | None, ratio: float
+) -> float | None:
+    """Joules of a trial at this stage's fidelity: as projected, else those it took at another one, in proportion."""
+    if costs is not None and (known := costs.joules([params], here)) is not None:
+        return float(known[0])
+    return None if joules is None else joules / ratio
+
+
 def _from_priors(
-    priors: Sequence[PriorTrial], here: Fidelity, objectives: Objectives, n_training: int | None
+    priors: Sequence[PriorTrial], here: Fidelity, objectives: Objectives, costs: Costs | None, n_training: int | None
 ) -> tuple[list[Observation], list[Point], list[Params]]:
     """Trials of other campaigns: of a lower fidelity, however far they were trained, since on other data."""
     seen: list[Observation] = []
@@ -215,10 +222,10 @@ def _from_priors(
     for prior in priors:
         if prior.val_loss is None:
             continue
-        share = UNKNOWN_SHARE
+        ratio = UNKNOWN_SHARE
         if prior.fidelity is not None:
-            share = min(LESS_THAN_ALL, size_of(prior.fidelity, n_training) / size_of(here, n_training))
-        joules = None if prior.energy_joules is None else prior.energy_joules / share
+            ratio = size_of(prior.fidelity, n_training) / size_of(here, n_training)
+        joules, share = _joules_here(costs, here, prior.params, prior.energy_joules, ratio), min(LESS_THAN_ALL, ratio)
         values = objectives.values(prior.params, prior.val_loss, joules, size_of(here, n_training))
         if values is None:
             continue

@@ -133,6 +133,16 @@ def test_a_region_where_trials_are_lost_is_soon_left_alone():
     assert lost_in_all <= 9  # a third of the space is lost: 30 of 90
 
 
+def test_joules_of_a_longer_trial_elsewhere_are_those_of_a_shorter_one_here(tmp_path):
+    """80 J for 8 epochs are 10 J for one, though no fidelity is above this stage's."""
+    stages = [{"name": "scout", "trials": 3, "epochs": 1, "structures": 100}]
+    config = config_of(tmp_path / "run", stages)
+    prior = PriorTrial({"width": 5.0, "kind": "a"}, Fidelity("final", 100, 8, 1), 0.3, 80.0, "complete", "elsewhere")
+    objectives, run = Objectives.of(config.search), RunDir.create(config)
+    before = what_was_before(run, config, config.search.stages[0], objectives, None, 100, [prior])
+    assert [(o.joules, o.fidelity < 1) for o in before.observations] == [(pytest.approx(10.0), True)]
+
+
 class TestPromotion:
     def test_another_budget_may_promote_others_and_repeats_none(self, tmp_path):
         """`only-000` ran the configuration that is now the second best; the best has not run."""
