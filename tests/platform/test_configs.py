@@ -164,3 +164,4 @@ def test_runtime_env_names_the_source_roots():
     roots = runtime["env_vars"]["PYTHONPATH"].split(":")
     assert all((ROOT / root).is_dir() for root in roots)
     assert {".git", ".venv", "/runs"} <= set(runtime["excludes"])
+    assert not {"data", "*.h5"} & set(runtime["excludes"]), "the sample's own data must go along"
