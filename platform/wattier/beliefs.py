@@ -23,6 +23,8 @@ N_KERNEL = 120  # observations its kernel is fitted to
 LARGEST = 1e100
 FLOORS = (0.0, 0.3, 3.0)  # candidates for `Scale.floor`
 MARGIN = 0.1  # of the range of each objective, beyond the worst that was seen: as `select.compare` does
+OPTIMISM = 1.0  # standard deviations of the loss by which a candidate may turn out better, see `Beliefs.aim`
+DOUBT = 0.2  # trials that did not diverge, believed of a place where nobody was
 SMALLEST = 1e-300
 
 
@@ -182,16 +184,36 @@ class Beliefs:
         done = [o for o in observations if o.complete and all(ratio <= 1 for ratio in o.limits.values())]
         seen = self.x[self.latest[-N_MODEL:]]
         expected = _exp(self.loss.predict(seen)[0]) + self.loss_shift
-        low, high = float(expected.min()), float(expected.max())
-        self.best_loss = min((o.loss for o in done), default=high)
+        worst_loss = float(expected.max())
+        self.best_loss = min((o.loss for o in done), default=worst_loss)
         if not self.two_objectives:
             return
         joules = [o.joules for o in observations if o.joules is not None]
         known = np.array([(o.loss, o.joules) for o in done], dtype=np.float64).reshape(-1, 2)
         self.front = np.vstack([known, believed])
         self.least_joules = max(0.3 * min(joules), SMALLEST)
-        dearest = max(joules) + MARGIN * (max(joules) - min(joules))
-        self.reference_point = (high + MARGIN * (high - low) + 1e-12 * (1 + abs(high)), dearest * (1 + 1e-12))
+        self.worst = (worst_loss, max(joules))
+
+    def aim(self, candidates: Sequence[Params]) -> None:
+        """Set the reference point: a tenth of its extent beyond the worst corner of the front that may be.
+
+        That front is made of what was measured and of what candidates reach if their losses turn out a standard
+        deviation below what is expected: else a model that knows only cheap configurations would rule dear ones out.
+        Around a wider front the search would spend joules on ends that no front has.
+        """
+        if not self.two_objectives:
+            return
+        x = self.encoder.encode(candidates)
+        mean, sd = self.loss.predict(x)
+        joules = self._expected(x, candidates)[1]
+        worst, best = np.full(2, -math.inf), np.full(2, math.inf)
+        for losses in (mean, mean - OPTIMISM * sd):
+            reached = np.column_stack([_exp(losses) + self.loss_shift, joules])
+            front = non_dominated(np.vstack([self.front, reached]))
+            worst, best = np.maximum(worst, front.max(axis=0)), np.minimum(best, front.min(axis=0))
+        worst = np.where(worst > best, worst, np.maximum(self.worst, worst))
+        corner = worst + MARGIN * (worst - best) + 1e-12 * (1 + np.abs(worst))
+        self.reference_point = (float(corner[0]), float(corner[1]))
 
     def _latest_model(self, name: str, values: Array) -> tuple[GaussianProcess, float]:
         """A model of what hardly depends on fidelity: the latest value of each configuration, and its scale's shift."""
@@ -231,7 +253,7 @@ class Beliefs:
         if len(self.diverged):
             width = 0.15 * math.sqrt(x.shape[1])
             fine, lost = _nearby(x, self.rows, width), _nearby(x, self.diverged, width)
-            chance *= (fine + 1) / (fine + lost + 1)
+            chance *= (fine + DOUBT) / (fine + lost + DOUBT)
         return chance
 
 
@@ -239,6 +261,13 @@ def _nearby(x: Array, centres: Array, width: float) -> Array:
     """Number of centres around each row, softly counted."""
     squared = ((x[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
     return np.asarray(np.exp(-0.5 * squared / width**2).sum(axis=1))
+
+
+def non_dominated(points: Array) -> Array:
+    """The front of [n, 2] points, each once, ascending in the first objective."""
+    ordered = points[np.lexsort((points[:, 1], points[:, 0]))]
+    lowest = np.minimum.accumulate(np.append(np.inf, ordered[:, 1]))
+    return ordered[ordered[:, 1] < lowest[:-1]]
 
 
 def _exp(values: Array) -> Array:
