@@ -18,8 +18,8 @@ from wattier.surrogate import GaussianProcess, Kernel
 Array = NDArray[np.float64]
 CostOf = Callable[[Sequence[Params]], NDArray[np.float64]]
 
-N_MODEL = 250  # observations a model is conditioned on
-N_KERNEL = 120  # observations its kernel is fitted to
+N_MODEL = 200  # observations a model is conditioned on
+N_KERNEL = 100  # observations its kernel is fitted to
 LARGEST = 1e100
 FLOORS = (0.0, 0.3, 3.0)  # candidates for `Scale.floor`
 MARGIN = 0.1  # of the range of each objective, beyond the worst that was seen: as `select.compare` does
@@ -46,6 +46,15 @@ class Observation(NamedTuple):
     joules: float | None
     limits: Mapping[str, float]
     complete: bool
+
+
+class Outlook(NamedTuple):
+    """What is believed of n candidates: encoded configurations, loss, joules (second objective), or what they cost."""
+
+    x: Array
+    loss: ShiftedLogNormal
+    joules: ShiftedLogNormal | None
+    cost: Array | None
 
 
 class Scale(NamedTuple):
@@ -157,28 +166,34 @@ class Beliefs:
         self.limits = self._limit_models(observations)
         self.diverged = encoder.encode(diverged)
 
-    def score(self, candidates: Sequence[Params], affordable_joules: float | None = None) -> Array:
-        """What candidates promise: expected gain in hypervolume (or loss) per joule, times their chance to be valid."""
+    def outlook(self, candidates: Sequence[Params]) -> Outlook:
+        """What is believed of candidates: the part that takes time."""
         x = self.encoder.encode(candidates)
         loss = ShiftedLogNormal(*self.loss.predict(x), self.loss_shift)
         if self.two_objectives:
-            mean, sd, shift = self._log_joules(x, candidates)
-            gain = expected_hypervolume_improvement(
-                self.front, self.reference_point, loss, ShiftedLogNormal(mean, sd, shift)
-            )
-            joules = np.maximum(_exp(mean) + shift, self.least_joules)
+            return Outlook(x, loss, ShiftedLogNormal(*self._log_joules(x, candidates)), None)
+        return Outlook(x, loss, None, None if self.cost is None else np.maximum(self.cost(candidates), SMALLEST))
+
+    def score(self, outlook: Outlook, affordable_joules: float | None = None) -> Array:
+        """What candidates promise: expected gain in hypervolume (or loss) per joule, times their chance to be valid."""
+        if outlook.joules is not None:
+            gain = expected_hypervolume_improvement(self.front, self.reference_point, outlook.loss, outlook.joules)
+            joules = self._mid_joules(outlook.joules)
         else:
-            gain = expected_improvement(self.best_loss, loss)
-            joules = np.ones(len(x)) if self.cost is None else np.maximum(self.cost(candidates), SMALLEST)
-        score = gain / joules * self._chance_valid(x)
+            gain = expected_improvement(self.best_loss, outlook.loss)
+            joules = np.ones(len(outlook.x)) if outlook.cost is None else outlook.cost
+        score = gain / joules * self._chance_valid(outlook.x)
         if affordable_joules is not None:
             score = np.where(joules > affordable_joules, score * 1e-9, score)
         return np.asarray(np.nan_to_num(score, nan=0.0, posinf=0.0))
 
     def expected_joules(self, candidates: Sequence[Params]) -> Array:
         """Projected joules of full trials."""
-        mean, _, shift = self._log_joules(self.encoder.encode(candidates), candidates)
-        return np.maximum(_exp(mean) + shift, self.least_joules)
+        x = self.encoder.encode(candidates)
+        return self._mid_joules(ShiftedLogNormal(*self._log_joules(x, candidates)))
+
+    def _mid_joules(self, joules: ShiftedLogNormal) -> Array:
+        return np.maximum(_exp(joules.log_mean) + joules.shift, self.least_joules)
 
     def _set_front(self, observations: Sequence[Observation], believed: Array) -> None:
         done = [o for o in observations if o.complete and all(ratio <= 1 for ratio in o.limits.values())]
@@ -194,18 +209,17 @@ class Beliefs:
         self.least_joules = max(0.3 * min(joules), SMALLEST)
         self.worst = (worst_loss, max(joules))
 
-    def aim(self, candidates: Sequence[Params]) -> None:
+    def aim(self, outlook: Outlook) -> None:
         """Set the reference point: a tenth of its extent beyond the worst corner of the front that may be.
 
         That front is made of what was measured and of what candidates reach if their losses turn out a standard
         deviation below what is expected: else a model that knows only cheap configurations would rule dear ones out.
         Around a wider front the search would spend joules on ends that no front has.
         """
-        if not self.two_objectives:
+        if outlook.joules is None:
             return
-        x = self.encoder.encode(candidates)
-        mean, sd = self.loss.predict(x)
-        joules = self._expected(x, candidates)[1]
+        mean, sd, _ = outlook.loss
+        joules = self._mid_joules(outlook.joules)
         worst, best = np.full(2, -math.inf), np.full(2, math.inf)
         for losses in (mean, mean - OPTIMISM * sd):
             reached = np.column_stack([_exp(losses) + self.loss_shift, joules])

@@ -118,8 +118,9 @@ class MultiFidelitySampler:
             if not candidates:
                 return True
             beliefs = Beliefs(self.encoder, self._kernels, known, pending, diverged, cost)
-            beliefs.aim([latest.params, *candidates])
-            scores = beliefs.score([latest.params, *candidates])
+            outlook = beliefs.outlook([latest.params, *candidates])
+            beliefs.aim(outlook)
+            scores = beliefs.score(outlook)
             left = max(1.0 - latest.fidelity, 1e-9)
             return bool(scores[0] / left >= WORTH * scores[1:].max())
 
@@ -133,12 +134,13 @@ class MultiFidelitySampler:
     ) -> Params | None:
         if not candidates:
             return None
-        beliefs.aim(candidates)
-        scores = beliefs.score(candidates, joules)
+        outlook = beliefs.outlook(candidates)
+        beliefs.aim(outlook)
+        scores = beliefs.score(outlook, joules)
         if self._listed is None:  # look closer around the best
             top = [candidates[index] for index in np.argsort(-scores, kind="stable")[: N_CENTRES // 2]]
             closer = self._near(top, closed, rng, N_NEAR // 2, reach=(-2.3, -1.0))
-            candidates, scores = candidates + closer, np.append(scores, beliefs.score(closer, joules))
+            candidates, scores = candidates + closer, np.append(scores, beliefs.score(beliefs.outlook(closer), joules))
         return candidates[int(np.argmax(scores))]
 
     def _spread(

@@ -20,8 +20,8 @@ class Kernel(NamedTuple):
 
     k((x, z), (x', z')) = m(x, x') (signal + slope z z' + drift min(z, z')) + 1 + trend z z' + noise [same observation]
 
-    m is Matern 5/2 with a length scale for each hyper-parameter, plus `additive` times the mean of one-dimensional ones:
-    a sum of functions of one hyper-parameter each is learned from few trials. z is 0 at full fidelity and 1 at the
+    m is Matern 5/2 with a length scale for each hyper-parameter, plus `additive` times the mean of one-dimensional
+    ones: a sum of functions of one hyper-parameter each needs few trials. z is 0 at full fidelity and 1 at the
     lowest. `signal` is what configurations are worth at full fidelity, `slope` a bias of their own that grows along z
     (a curve's slope), `drift` one that forgets (an auto-regressive chain of fidelities, Kennedy and O'Hagan 2000,
     https://doi.org/10.1093/biomet/87.1.1), `trend` what all configurations gain by training on.
@@ -78,7 +78,7 @@ def squared_differences(a: Array, b: Array, groups: NDArray[np.int64]) -> Array:
 def matern(r: Array) -> Array:
     """Matern 5/2 of scaled distances."""
     scaled = SQRT5 * r
-    return np.asarray((1 + scaled + scaled * scaled / 3) * np.exp(-scaled))
+    return np.asarray((1 + scaled * (1 + scaled / 3)) * np.exp(-scaled))
 
 
 class GaussianProcess:
@@ -133,8 +133,12 @@ class GaussianProcess:
 
 
 def _covariance(kernel: Kernel, differences: Array, z: Array, other: Array) -> Array:
-    scaled = np.sqrt(np.exp(-2 * kernel.log_lengths)[:, None, None] * differences)
-    similarity = matern(np.sqrt((scaled**2).sum(axis=0))) + math.exp(kernel.log_additive) * matern(scaled).mean(axis=0)
+    squared, apart = np.zeros(differences.shape[1:]), np.zeros(differences.shape[1:])
+    for weight, difference in zip(np.exp(-2 * kernel.log_lengths), differences, strict=True):  # what the cache holds
+        own = weight * difference
+        squared += own
+        apart += matern(np.sqrt(own))
+    similarity = matern(np.sqrt(squared)) + math.exp(kernel.log_additive) / len(differences) * apart
     product, shared = np.outer(z, other), np.minimum.outer(z, other)
     by_fidelity = (
         math.exp(kernel.log_signal) + math.exp(kernel.log_slope) * product + math.exp(kernel.log_drift) * shared

@@ -69,7 +69,7 @@ def test_a_trial_that_is_worse_and_dearer_is_stopped_early_once_enough_is_known(
 
 
 def test_what_rungs_have_said_so_far_decides_how_far_they_are_believed() -> None:
-    """The same losses at the first rung: where they foretold the end, a trial that is worse there is stopped, else not."""
+    """The same losses at the first rung: a trial that is worse there is stopped where they foretold the end."""
     at_rung = [4.0, 4.4, 4.8, 5.2, 5.6, 6.0]
     foretold = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
     shuffled = [1.3, 1.1, 1.5, 1.0, 1.4, 1.2]
