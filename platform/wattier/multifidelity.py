@@ -24,6 +24,8 @@ N_SPREAD = 512  # candidates all over the space
 N_NEAR = 256  # candidates near the front
 N_LISTED = 2000  # a space of no more configurations is searched whole
 N_CENTRES = 12
+N_FIRST_RUNGS = 2
+WORTH = 0.5
 
 
 class MultiFidelitySampler:
@@ -81,6 +83,47 @@ class MultiFidelitySampler:
                 return self._spread(known, closed, rng, beliefs, cost)
             return self._best(beliefs, self._candidates(observations, closed, rng), closed, rng, affordable_joules)
 
+    def goes_on(
+        self,
+        observations: Sequence[Observation],
+        trial: Sequence[Observation],
+        *,
+        pending: Sequence[Params] = (),
+        diverged: Sequence[Params] = (),
+        cost: CostOf | None = None,
+    ) -> bool:
+        """Whether a running trial is worth its remaining joules: whether it promises at least half as much for a joule
+        as the best trial that could be started instead.
+
+        The first trials, which say what the space is like, end at their second rung. Nothing is lost by that: a trial
+        that turns out well may be proposed again.
+
+        Args:
+            observations: of other trials.
+            trial: what this one has shown at its rungs, the latest last.
+            pending: other configurations that run now.
+            diverged: configurations that diverged.
+            cost: as in `suggest`.
+        """
+        latest = trial[-1]
+        tried = {self.encoder.key(o.params) for o in (*observations, latest)}
+        if len(tried) <= self.n_first:
+            return len(trial) < N_FIRST_RUNGS
+        with self._threads.limit(limits=1, user_api="blas"):
+            known = [*observations, *trial]
+            rng = np.random.default_rng([self.seed, len(known), len(pending), len(diverged)])
+            closed = {self.encoder.key(o.params) for o in known if o.complete}
+            closed |= {self.encoder.key(params) for params in (*pending, *diverged, latest.params)}
+            candidates = self._candidates(known, closed, rng)
+            if not candidates:
+                return True
+            beliefs = Beliefs(self.encoder, self._kernels, known, pending, diverged, cost)
+            outlook = beliefs.outlook([latest.params, *candidates])
+            beliefs.aim(outlook)
+            scores = beliefs.score(outlook)
+            left = max(1.0 - latest.fidelity, 1e-9)
+            return bool(scores[0] / left >= WORTH * scores[1:].max())
+
     def _best(
         self,
         beliefs: Beliefs,
@@ -91,11 +134,13 @@ class MultiFidelitySampler:
     ) -> Params | None:
         if not candidates:
             return None
-        scores = beliefs.score(candidates, joules)
+        outlook = beliefs.outlook(candidates)
+        beliefs.aim(outlook)
+        scores = beliefs.score(outlook, joules)
         if self._listed is None:  # look closer around the best
             top = [candidates[index] for index in np.argsort(-scores, kind="stable")[: N_CENTRES // 2]]
             closer = self._near(top, closed, rng, N_NEAR // 2, reach=(-2.3, -1.0))
-            candidates, scores = candidates + closer, np.append(scores, beliefs.score(closer, joules))
+            candidates, scores = candidates + closer, np.append(scores, beliefs.score(beliefs.outlook(closer), joules))
         return candidates[int(np.argmax(scores))]
 
     def _spread(
