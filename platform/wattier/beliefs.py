@@ -18,12 +18,13 @@ from wattier.surrogate import GaussianProcess, Kernel
 Array = NDArray[np.float64]
 CostOf = Callable[[Sequence[Params]], NDArray[np.float64]]
 
-N_MODEL = 250  # observations a model is conditioned on
-N_KERNEL = 120  # observations its kernel is fitted to
+N_MODEL = 200  # observations a model is conditioned on
+N_KERNEL = 100  # observations its kernel is fitted to
 LARGEST = 1e100
 FLOORS = (0.0, 0.3, 3.0)  # candidates for `Scale.floor`
 MARGIN = 0.1  # of the range of each objective, beyond the worst that was seen: as `select.compare` does
-EXCESS_OF_LOST = 2.0  # times what is allowed
+OPTIMISM = 1.0  # standard deviations of the loss by which a candidate may turn out better, see `Beliefs.aim`
+DOUBT = 0.2  # trials that did not diverge, believed of a place where nobody was
 SMALLEST = 1e-300
 
 
@@ -45,6 +46,15 @@ class Observation(NamedTuple):
     joules: float | None
     limits: Mapping[str, float]
     complete: bool
+
+
+class Outlook(NamedTuple):
+    """What is believed of n candidates: encoded configurations, loss, joules (second objective), and what they cost."""
+
+    x: Array
+    loss: ShiftedLogNormal
+    joules: ShiftedLogNormal | None
+    cost: Array | None
 
 
 class Scale(NamedTuple):
@@ -114,7 +124,7 @@ class Beliefs:
         kernels: fitted earlier, extended here.
         observations: at least one.
         pending: configurations that run now: they are believed to end as expected (kriging believer).
-        lost: configurations that diverged or failed.
+        diverged: configurations that diverged or failed.
         cost: projected joules of full trials by a cost model; the joules' model then learns how far it is off.
     """
 
@@ -124,14 +134,13 @@ class Beliefs:
         kernels: Kernels,
         observations: Sequence[Observation],
         pending: Sequence[Params],
-        lost: Sequence[Params],
+        diverged: Sequence[Params],
         cost: CostOf | None,
     ) -> None:
         self.encoder, self.kernels, self.cost = encoder, kernels, cost
         self.two_objectives = all(observation.joules is not None for observation in observations)
         self.x = encoder.encode([observation.params for observation in observations])
-        self.keys = [encoder.key(o.params) for o in observations]
-        self.latest = list({key: index for index, key in enumerate(self.keys)}.values())
+        self.latest = list({encoder.key(o.params): index for index, o in enumerate(observations)}.values())
         losses = _winsorised(np.clip([o.loss for o in observations], -LARGEST, LARGEST))
         fidelities = np.clip([o.fidelity for o in observations], 1e-9, 1.0)
         kept = _informative(observations)
@@ -154,54 +163,77 @@ class Beliefs:
             x, at = np.vstack([self.rows, waiting]), np.append(z[kept], np.zeros(len(pending)))
             self.loss = GaussianProcess(x, at, np.append(logs, means), encoder.groups, kernel)
         self._set_front(observations, believed)
-        self.limits = [*self._limit_models(observations), *self._lost_model(lost)]
+        self.limits = self._limit_models(observations)
+        self.diverged = encoder.encode(diverged)
 
-    def score(self, candidates: Sequence[Params], affordable_joules: float | None = None) -> Array:
-        """What candidates promise: expected gain in hypervolume (or loss) per joule, times their chance to be valid."""
+    def outlook(self, candidates: Sequence[Params]) -> Outlook:
+        """What is believed of candidates: the part that takes time."""
         x = self.encoder.encode(candidates)
         loss = ShiftedLogNormal(*self.loss.predict(x), self.loss_shift)
-        if self.two_objectives:
-            mean, sd, shift = self._log_joules(x, candidates)
-            gain = expected_hypervolume_improvement(
-                self.front, self.reference_point, loss, ShiftedLogNormal(mean, sd, shift)
-            )
-            joules = np.maximum(_exp(mean) + shift, self.least_joules)
+        joules = ShiftedLogNormal(*self._log_joules(x, candidates)) if self.two_objectives else None
+        return Outlook(x, loss, joules, None if self.cost is None else np.maximum(self.cost(candidates), SMALLEST))
+
+    def score(self, outlook: Outlook, affordable_joules: float | None = None) -> Array:
+        """What candidates promise: expected gain in hypervolume (or loss) per joule, times their chance to be valid."""
+        if outlook.joules is not None:
+            gain = expected_hypervolume_improvement(self.front, self.reference_point, outlook.loss, outlook.joules)
+            joules = self._mid_joules(outlook.joules)
         else:
-            gain = expected_improvement(self.best_loss, loss)
-            joules = np.ones(len(x)) if self.cost is None else np.maximum(self.cost(candidates), SMALLEST)
-        score = gain / joules * self._chance_valid(x)
+            gain = expected_improvement(self.best_loss, outlook.loss)
+            joules = np.ones(len(outlook.x)) if outlook.cost is None else outlook.cost
+        score = gain / joules * self._chance_valid(outlook.x)
         if affordable_joules is not None:
             # What is compared may be joules a structure, or to convergence: a budget is of whole trials.
-            price = joules if self.cost is None else self.cost(candidates)
+            price = joules if outlook.cost is None else outlook.cost
             score = np.where(price > affordable_joules, score * 1e-9, score)
         return np.asarray(np.nan_to_num(score, nan=0.0, posinf=0.0))
 
     def expected_joules(self, candidates: Sequence[Params]) -> Array:
         """Projected joules of full trials."""
-        mean, _, shift = self._log_joules(self.encoder.encode(candidates), candidates)
-        return np.maximum(_exp(mean) + shift, self.least_joules)
+        x = self.encoder.encode(candidates)
+        return self._mid_joules(ShiftedLogNormal(*self._log_joules(x, candidates)))
+
+    def _mid_joules(self, joules: ShiftedLogNormal) -> Array:
+        return np.maximum(_exp(joules.log_mean) + joules.shift, self.least_joules)
 
     def _set_front(self, observations: Sequence[Observation], believed: Array) -> None:
         done = [o for o in observations if o.complete and all(ratio <= 1 for ratio in o.limits.values())]
         seen = self.x[self.latest[-N_MODEL:]]
         expected = _exp(self.loss.predict(seen)[0]) + self.loss_shift
-        low, high = float(expected.min()), float(expected.max())
-        self.best_loss = min((o.loss for o in done), default=high)
+        worst_loss = float(expected.max())
+        self.best_loss = min((o.loss for o in done), default=worst_loss)
         if not self.two_objectives:
             return
         joules = [o.joules for o in observations if o.joules is not None]
         known = np.array([(o.loss, o.joules) for o in done], dtype=np.float64).reshape(-1, 2)
         self.front = np.vstack([known, believed])
         self.least_joules = max(0.3 * min(joules), SMALLEST)
-        dearest = max(joules) + MARGIN * (max(joules) - min(joules))
-        self.reference_point = (high + MARGIN * (high - low) + 1e-12 * (1 + abs(high)), dearest * (1 + 1e-12))
+        self.worst = (worst_loss, max(joules))
+
+    def aim(self, outlook: Outlook) -> None:
+        """Set the reference point: a tenth of its extent beyond the worst corner of the front that may be.
+
+        That front is made of what was measured and of what candidates reach if their losses turn out a standard
+        deviation below what is expected: else a model that knows only cheap configurations would rule dear ones out.
+        Around a wider front the search would spend joules on ends that no front has.
+        """
+        if outlook.joules is None:
+            return
+        mean, sd, _ = outlook.loss
+        joules = self._mid_joules(outlook.joules)
+        worst, best = np.full(2, -math.inf), np.full(2, math.inf)
+        for losses in (mean, mean - OPTIMISM * sd):
+            reached = np.column_stack([_exp(losses) + self.loss_shift, joules])
+            front = non_dominated(np.vstack([self.front, reached]))
+            worst, best = np.maximum(worst, front.max(axis=0)), np.minimum(best, front.min(axis=0))
+        worst = np.where(worst > best, worst, np.maximum(self.worst, worst))
+        corner = worst + MARGIN * (worst - best) + 1e-12 * (1 + np.abs(worst))
+        self.reference_point = (float(corner[0]), float(corner[1]))
 
     def _latest_model(self, name: str, values: Array) -> tuple[GaussianProcess, float]:
         """A model of what hardly depends on fidelity: the latest value of each configuration, and its scale's shift."""
-        return self._model(name, self.x[self.latest], np.minimum(values, LARGEST))
-
-    def _model(self, name: str, x: Array, values: Array) -> tuple[GaussianProcess, float]:
-        z, kept = np.zeros(len(values)), slice(-N_MODEL, None)
+        values = np.minimum(values, LARGEST)
+        x, z, kept = self.x[self.latest], np.zeros(len(values)), slice(-N_MODEL, None)
         kernel, scale = self.kernels.get(name, x, z, values, self.encoder.groups)
         shift = scale.shift(values)
         return GaussianProcess(x[kept], z[kept], np.log(values[kept] - shift), self.encoder.groups, kernel), shift
@@ -227,22 +259,30 @@ class Beliefs:
                 models.append(self._latest_model(f"limit {name}", values))
         return models
 
-    def _lost_model(self, lost: Sequence[Params]) -> list[tuple[GaussianProcess, float]]:
-        """What diverged or failed, as if it had used too much of something that all others used little of."""
-        if not lost:
-            return []
-        taken = {self.encoder.key(params) for params in lost}
-        fine = [row for row in self.latest if self.keys[row] not in taken]
-        x = np.vstack([self.x[fine], self.encoder.encode(lost)])
-        return [self._model("lost", x, np.repeat([1 / EXCESS_OF_LOST, EXCESS_OF_LOST], [len(fine), len(lost)]))]
-
     def _chance_valid(self, x: Array) -> Array:
         chance = np.ones(len(x))
         for model, shift in self.limits:
             mean, sd = model.predict(x)
             room = max(1.0 - shift, SMALLEST)
             chance *= ndtr((math.log(room) - mean) / sd)
+        if len(self.diverged):
+            width = 0.15 * math.sqrt(x.shape[1])
+            fine, lost = _nearby(x, self.rows, width), _nearby(x, self.diverged, width)
+            chance *= (fine + DOUBT) / (fine + lost + DOUBT)
         return chance
+
+
+def _nearby(x: Array, centres: Array, width: float) -> Array:
+    """Number of centres around each row, softly counted."""
+    squared = ((x[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
+    return np.asarray(np.exp(-0.5 * squared / width**2).sum(axis=1))
+
+
+def non_dominated(points: Array) -> Array:
+    """The front of [n, 2] points, each once, ascending in the first objective."""
+    ordered = points[np.lexsort((points[:, 1], points[:, 0]))]
+    lowest = np.minimum.accumulate(np.append(np.inf, ordered[:, 1]))
+    return ordered[ordered[:, 1] < lowest[:-1]]
 
 
 def _exp(values: Array) -> Array:

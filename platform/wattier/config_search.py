@@ -89,7 +89,7 @@ class SearchSection(Section):
     max_concurrent: Positive | None = None
     warm_start: list[PathText] = Field(default=[])
     storage: str | None = None
-    space: dict[str, Parameter] = Field(min_length=1)
+    space: dict[str, Parameter]
     stages: list[StageSection] = Field(min_length=1)
 
     @field_validator("storage")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,35 @@ def rung_epochs(epochs: int, reduction_factor: int | None) -> list[int]:
     return rungs
 
 
+class Rungs:
+    """Losses of trials at rungs: the first report of each trial at or after the epochs of `rung_epochs`.
+
+    Attributes:
+        losses: by epoch, of each trial that was compared there.
+    """
+
+    def __init__(self, epochs: int, reduction_factor: int | None) -> None:
+        self.places = rung_epochs(epochs, reduction_factor)
+        self.losses: dict[int, dict[str, float]] = {}
+        self._passed: dict[str, int] = {}
+
+    def entered(self, trial_id: str, epoch: int, loss: float) -> dict[str, float] | None:
+        """The rung that a trial stands on with this report, itself included; None between rungs."""
+        passed = bisect_right(self.places, epoch)
+        if passed <= self._passed.get(trial_id, 0):
+            return None
+        self._passed[trial_id] = passed
+        rung = self.losses.setdefault(epoch, {})
+        rung[trial_id] = loss
+        return rung
+
+    def leave(self, trial_id: str) -> None:
+        """Take a trial from all rungs; it enters none any more."""
+        self._passed[trial_id] = len(self.places)
+        for rung in self.losses.values():
+            rung.pop(trial_id, None)
+
+
 class Halving:
     """Asynchronous successive halving on the validation loss (Li et al., MLSys 2020).
 
@@ -39,10 +69,14 @@ class Halving:
     """
 
     def __init__(self, epochs: int, reduction_factor: int | None) -> None:
-        self.reduction_factor = reduction_factor or 0
-        self.rungs: dict[int, dict[str, float]] = {rung: {} for rung in rung_epochs(epochs, reduction_factor)}
-        self.disqualified: set[str] = set()
+        self.epochs, self.reduction_factor = epochs, reduction_factor or 0
+        self._rungs = Rungs(epochs, reduction_factor)
         self.answers: dict[tuple[str, int], bool] = {}
+
+    @property
+    def rungs(self) -> Mapping[int, Mapping[str, float]]:
+        """Losses of the trials that were compared, by epoch."""
+        return self._rungs.losses
 
     def go_on(self, trial_id: str, record: EpochRecord) -> bool:
         """Whether a trial is worth its next epoch."""
@@ -53,17 +87,16 @@ class Halving:
 
     def disqualify(self, trial_id: str) -> None:
         """A trial used more than is allowed: nobody is compared with it."""
-        for rung in self.rungs.values():
-            rung.pop(trial_id, None)
-        self.disqualified.add(trial_id)
+        self._rungs.leave(trial_id)
 
     def _judge(self, trial_id: str, record: EpochRecord) -> bool:
-        if record.val_loss is None or not math.isfinite(record.val_loss):
+        if record.val_loss is None:
             return False
-        rung = self.rungs.get(record.epoch)
-        if rung is None or trial_id in self.disqualified:
+        if record.epoch >= self.epochs:
             return True
-        rung[trial_id] = record.val_loss
+        rung = self._rungs.entered(trial_id, record.epoch, record.val_loss)
+        if rung is None:
+            return True
         keep = max(1, math.ceil(len(rung) / self.reduction_factor))
         return sorted(rung.values())[keep - 1] >= record.val_loss
 
@@ -90,11 +123,16 @@ class ParetoHalving:
 
     def __init__(self, epochs: int, reduction_factor: int | None) -> None:
         self.epochs = epochs
-        self.rungs: dict[int, dict[str, float]] = {rung: {} for rung in rung_epochs(epochs, reduction_factor)}
+        self._rungs = Rungs(epochs, reduction_factor)
         self.joules: dict[str, float] = {}
         self.final: dict[str, float] = {}
         self.disqualified: set[str] = set()
         self.answers: dict[tuple[str, int], bool] = {}
+
+    @property
+    def rungs(self) -> Mapping[int, Mapping[str, float]]:
+        """Losses of the trials that were compared, by epoch."""
+        return self._rungs.losses
 
     def go_on(self, trial_id: str, record: EpochRecord) -> bool:
         """Whether a trial is worth its next epoch; a diverged one is not, one without joules is judged by its loss."""
@@ -113,13 +151,10 @@ class ParetoHalving:
         if record.energy_joules is not None and 0 < record.energy_joules < math.inf and record.epoch > 0:
             self.joules[trial_id] = record.energy_joules / record.epoch * self.epochs
         if record.epoch >= self.epochs:
-            self.final.setdefault(trial_id, record.val_loss)  # only what reached the last epoch dominates anything
+            self.final[trial_id] = record.val_loss
             return True
-        rung = self.rungs.get(record.epoch)
-        if rung is None:
-            return True
-        rung[trial_id] = record.val_loss
-        return not self._is_dominated(trial_id, rung)
+        rung = self._rungs.entered(trial_id, record.epoch, record.val_loss)
+        return rung is None or not self._is_dominated(trial_id, rung)
 
     def _is_dominated(self, trial_id: str, rung: dict[str, float]) -> bool:
         went_on = [other for other in self.final if other in rung and other != trial_id]

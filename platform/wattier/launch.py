@@ -109,7 +109,11 @@ class Stage:
     def recorded(self, path: Path) -> TrialResult:
         """What the ``result.json`` of a trial holds that was opened by an earlier process."""
         note = path.with_name("trial.json")
-        proposal = decode(note, _noted_proposal, read_json(note))
+        if note.exists():
+            proposal = decode(note, _noted_proposal, read_json(note))
+        else:
+            left = decode(path, TrialResult.from_dict, read_json(path))
+            proposal = Proposal(path.parent.name, left.params)
         return self.outcome(proposal, None)
 
 

@@ -24,6 +24,8 @@ N_SPREAD = 512  # candidates all over the space
 N_NEAR = 256  # candidates near the front
 N_LISTED = 2000  # a space of no more configurations is searched whole
 N_CENTRES = 12
+N_FIRST_RUNGS = 2
+WORTH = 0.5
 
 
 class MultiFidelitySampler:
@@ -54,32 +56,73 @@ class MultiFidelitySampler:
         observations: Sequence[Observation],
         *,
         pending: Sequence[Params] = (),
-        lost: Sequence[Params] = (),
+        diverged: Sequence[Params] = (),
         cost: CostOf | None = None,
         affordable_joules: float | None = None,
     ) -> Params | None:
-        """The next configuration to run; None when every one of a finite space has run, runs, or is lost.
+        """The next configuration to run; None when every one of a finite space has run, runs, or diverged.
 
         Args:
             observations: in the order in which they were made.
             pending: configurations that run now.
-            lost: configurations that diverged or failed.
+            diverged: configurations that diverged or failed.
             cost: projected joules of full trials, if a cost model knows.
             affordable_joules: what is left; a configuration that needs more is proposed only if all do.
         """
         # Matrices are small: threads cost more than they give (30 times more, measured on two cores).
         with self._threads.limit(limits=1, user_api="blas"):
             closed = {self.encoder.key(o.params) for o in observations if o.complete}
-            closed |= {self.encoder.key(params) for params in (*pending, *lost)}
+            closed |= {self.encoder.key(params) for params in (*pending, *diverged)}
             tried = {self.encoder.key(o.params): o.params for o in observations}
-            rng = np.random.default_rng([self.seed, len(observations), len(pending), len(lost)])
+            rng = np.random.default_rng([self.seed, len(observations), len(pending), len(diverged)])
             beliefs = None
             if len(tried) >= 3:
-                beliefs = Beliefs(self.encoder, self._kernels, observations, pending, lost, cost)
+                beliefs = Beliefs(self.encoder, self._kernels, observations, pending, diverged, cost)
             if beliefs is None or len(closed | set(tried)) < self.n_first:
-                known = [*tried.values(), *pending, *lost]
+                known = [*tried.values(), *pending, *diverged]
                 return self._spread(known, closed, rng, beliefs, cost, affordable_joules)
             return self._best(beliefs, self._candidates(observations, closed, rng), closed, rng, affordable_joules)
+
+    def goes_on(
+        self,
+        observations: Sequence[Observation],
+        trial: Sequence[Observation],
+        *,
+        pending: Sequence[Params] = (),
+        diverged: Sequence[Params] = (),
+        cost: CostOf | None = None,
+    ) -> bool:
+        """Whether a running trial is worth its remaining joules: whether it promises at least half as much for a joule
+        as the best trial that could be started instead.
+
+        The first trials, which say what the space is like, end at their second rung. Nothing is lost by that: a trial
+        that turns out well may be proposed again.
+
+        Args:
+            observations: of other trials.
+            trial: what this one has shown at its rungs, the latest last.
+            pending: other configurations that run now.
+            diverged: configurations that diverged or failed.
+            cost: as in `suggest`.
+        """
+        latest = trial[-1]
+        tried = {self.encoder.key(o.params) for o in (*observations, latest)}
+        if len(tried) <= self.n_first:
+            return len(trial) < N_FIRST_RUNGS
+        with self._threads.limit(limits=1, user_api="blas"):
+            known = [*observations, *trial]
+            rng = np.random.default_rng([self.seed, len(known), len(pending), len(diverged)])
+            closed = {self.encoder.key(o.params) for o in known if o.complete}
+            closed |= {self.encoder.key(params) for params in (*pending, *diverged, latest.params)}
+            candidates = self._candidates(known, closed, rng)
+            if not candidates:
+                return True
+            beliefs = Beliefs(self.encoder, self._kernels, known, pending, diverged, cost)
+            outlook = beliefs.outlook([latest.params, *candidates])
+            beliefs.aim(outlook)
+            scores = beliefs.score(outlook)
+            left = max(1.0 - latest.fidelity, 1e-9)
+            return bool(scores[0] / left >= WORTH * scores[1:].max())
 
     def _best(
         self,
@@ -91,11 +134,13 @@ class MultiFidelitySampler:
     ) -> Params | None:
         if not candidates:
             return None
-        scores = beliefs.score(candidates, joules)
+        outlook = beliefs.outlook(candidates)
+        beliefs.aim(outlook)
+        scores = beliefs.score(outlook, joules)
         if self._listed is None:  # look closer around the best
             top = [candidates[index] for index in np.argsort(-scores, kind="stable")[: N_CENTRES // 2]]
             closer = self._near(top, closed, rng, N_NEAR // 2, reach=(-2.3, -1.0))
-            candidates, scores = candidates + closer, np.append(scores, beliefs.score(closer, joules))
+            candidates, scores = candidates + closer, np.append(scores, beliefs.score(beliefs.outlook(closer), joules))
         return candidates[int(np.argmax(scores))]
 
     def _spread(  # noqa: PLR0913, PLR0917  (all that is known)

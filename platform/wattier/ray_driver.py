@@ -122,8 +122,6 @@ class Driver:
 
     def look_after(self, trials: list[Any]) -> None:
         """Kill what has stalled; give up when the cluster has lost what trials need."""
-        import ray
-
         self.collect()
         stalled = self.watch.stalled()
         for trial in trials if stalled else ():
@@ -135,7 +133,7 @@ class Driver:
                 self.reasons[trial.trial_id] = reason
                 write_reason(self.folder(trial.trial_id), reason)
                 log.warning("%s: %s", self.started[trial.trial_id].trial_id, reason)
-                ray.kill(trial.temporary_state.ray_actor)  # the other ranks are its own, and end with it
+                _kill(trial.temporary_state.ray_actor)
         self._look_for_a_place(trials)
 
     def _ray_is_lost(self) -> None:
@@ -185,6 +183,13 @@ class Driver:
                 self.stage.fidelity.ranks,
                 self.bundle,
             )
+
+
+def _kill(actor: Any) -> None:
+    """End rank 0; the actors of the other ranks are its own, and end with it."""
+    import ray
+
+    ray.kill(actor)
 
 
 def _last_failure(path: Path) -> str:

@@ -87,7 +87,7 @@ class Surrogate:
         return self.sampler.suggest(
             known.observations,
             pending=known.pending,
-            lost=known.lost,
+            diverged=known.lost,
             cost=known.cost,
             affordable_joules=known.affordable_joules,
         )

@@ -20,13 +20,15 @@ class Kernel(NamedTuple):
 
     k((x, z), (x', z')) = m(x, x') (signal + slope z z' + drift min(z, z')) + 1 + trend z z' + noise [same observation]
 
-    m is Matern 5/2 with a length scale for each hyper-parameter; z is 0 at full fidelity and 1 at the lowest. `signal`
-    is what configurations are worth at full fidelity, `slope` a bias of their own that grows along z (a curve's slope),
-    `drift` one that forgets (an auto-regressive chain of fidelities, Kennedy and O'Hagan 2000,
+    m is Matern 5/2 with a length scale for each hyper-parameter, plus `additive` times the mean of one-dimensional
+    ones: a sum of functions of one hyper-parameter each needs few trials. z is 0 at full fidelity and 1 at the
+    lowest. `signal` is what configurations are worth at full fidelity, `slope` a bias of their own that grows along z
+    (a curve's slope), `drift` one that forgets (an auto-regressive chain of fidelities, Kennedy and O'Hagan 2000,
     https://doi.org/10.1093/biomet/87.1.1), `trend` what all configurations gain by training on.
     """
 
     log_lengths: Array
+    log_additive: float
     log_signal: float
     log_slope: float
     log_drift: float
@@ -36,10 +38,10 @@ class Kernel(NamedTuple):
     @classmethod
     def from_vector(cls, vector: Array) -> Kernel:
         """Inverse of `to_vector`."""
-        return cls(vector[:-5], *(float(value) for value in vector[-5:]))
+        return cls(vector[:-6], *(float(value) for value in vector[-6:]))
 
     def to_vector(self) -> Array:
-        """[number of hyper-parameters + 5], for the optimiser."""
+        """[number of hyper-parameters + 6], for the optimiser."""
         return np.append(self.log_lengths, self[1:])
 
 
@@ -49,11 +51,11 @@ def prior_mean(n_parameters: int) -> Kernel:
     (Hvarfner et al. 2024, https://arxiv.org/abs/2402.02229.)
     """
     lengths = np.full(n_parameters, math.log(0.6 * math.sqrt(n_parameters)))
-    return Kernel(lengths, 0.0, math.log(0.1), math.log(0.05), math.log(0.5), math.log(0.003))
+    return Kernel(lengths, 0.0, 0.0, math.log(0.1), math.log(0.05), math.log(0.5), math.log(0.003))
 
 
 PRIOR_SD_LENGTH = 0.9
-PRIOR_SD_VARIANCE = (0.8, 1.5, 1.5, 1.5, 1.5)
+PRIOR_SD_VARIANCE = (1.5, 0.8, 1.5, 1.5, 1.5, 1.5)
 
 
 def squared_differences(a: Array, b: Array, groups: NDArray[np.int64]) -> Array:
@@ -76,7 +78,7 @@ def squared_differences(a: Array, b: Array, groups: NDArray[np.int64]) -> Array:
 def matern(r: Array) -> Array:
     """Matern 5/2 of scaled distances."""
     scaled = SQRT5 * r
-    return np.asarray((1 + scaled + scaled * scaled / 3) * np.exp(-scaled))
+    return np.asarray((1 + scaled * (1 + scaled / 3)) * np.exp(-scaled))
 
 
 class GaussianProcess:
@@ -131,8 +133,12 @@ class GaussianProcess:
 
 
 def _covariance(kernel: Kernel, differences: Array, z: Array, other: Array) -> Array:
-    weights = np.exp(-2 * kernel.log_lengths)
-    similarity = matern(np.sqrt(np.tensordot(weights, differences, axes=1)))
+    squared, apart = np.zeros(differences.shape[1:]), np.zeros(differences.shape[1:])
+    for weight, difference in zip(np.exp(-2 * kernel.log_lengths), differences, strict=True):  # what the cache holds
+        own = weight * difference
+        squared += own
+        apart += matern(np.sqrt(own))
+    similarity = matern(np.sqrt(squared)) + math.exp(kernel.log_additive) / len(differences) * apart
     product, shared = np.outer(z, other), np.minimum.outer(z, other)
     by_fidelity = (
         math.exp(kernel.log_signal) + math.exp(kernel.log_slope) * product + math.exp(kernel.log_drift) * shared
@@ -142,7 +148,7 @@ def _covariance(kernel: Kernel, differences: Array, z: Array, other: Array) -> A
 
 def _diagonal(kernel: Kernel, z: Array) -> Array:
     own = math.exp(kernel.log_signal) + math.exp(kernel.log_slope) * z * z + math.exp(kernel.log_drift) * z
-    return np.asarray(own + 1.0 + math.exp(kernel.log_trend) * z * z)
+    return np.asarray((1.0 + math.exp(kernel.log_additive)) * own + 1.0 + math.exp(kernel.log_trend) * z * z)
 
 
 def _factor(covariance: Array, noise: float) -> tuple[Array, bool]:
@@ -166,12 +172,12 @@ class _Objective:
         self.precision = np.append(np.full(len(differences), PRIOR_SD_LENGTH), PRIOR_SD_VARIANCE) ** -2.0
 
     def __call__(self, vector: Array) -> tuple[float, Array]:
-        kernel = Kernel.from_vector(vector)
-        weights = np.exp(-2 * kernel.log_lengths)
-        r = np.sqrt(np.tensordot(weights, self.differences, axes=1))
-        decay = np.exp(-SQRT5 * r)
-        similarity = (1 + SQRT5 * r + 5 / 3 * r * r) * decay
-        signal, slope, drift, trend, noise = np.exp(vector[-5:])
+        scaled = np.exp(-2 * vector[:-6])[:, None, None] * self.differences  # squared
+        r, each = SQRT5 * np.sqrt(scaled.sum(axis=0)), SQRT5 * np.sqrt(scaled)
+        decay, decays = np.exp(-r), np.exp(-each)
+        additive, signal, slope, drift, trend, noise = np.exp(vector[-6:])
+        apart = ((1 + each + each * each / 3) * decays).mean(axis=0)
+        similarity = (1 + r + r * r / 3) * decay + additive * apart
         by_fidelity = signal + slope * self.product + drift * self.shared
         n = len(self.targets)
         try:
@@ -184,11 +190,14 @@ class _Objective:
         from_prior = (vector - self.prior) * self.precision
         value = 0.5 * self.targets @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * (vector - self.prior) @ from_prior
         outer = 0.5 * (inverse - np.outer(alpha, alpha))  # d value / d covariance
-        # dm/d log l = 5/3 (1 + sqrt5 r) exp(-sqrt5 r) (d / l)^2
-        by_distance = outer * by_fidelity * (5 / 3 * (1 + SQRT5 * r) * decay)
-        lengths = weights * np.tensordot(self.differences, by_distance, axes=2)
+        # dm / d log l = 5/3 (1 + sqrt5 r) exp(-sqrt5 r) (d / l)^2, in one dimension as in many
+        by_similarity = outer * by_fidelity
+        together = by_similarity * (5 / 3 * (1 + r) * decay)
+        singly = by_similarity * (additive * 5 / 3 / len(scaled)) * (1 + each) * decays
+        lengths = ((together + singly) * scaled).sum(axis=(1, 2))
         weighted = outer * similarity
         variances = (
+            additive * np.vdot(by_similarity, apart),
             signal * weighted.sum(),
             slope * np.vdot(weighted, self.product),
             drift * np.vdot(weighted, self.shared),

@@ -163,4 +163,5 @@ def test_runtime_env_names_the_source_roots():
     runtime = yaml.safe_load((ROOT / "configs/ray/runtime_env.yaml").read_text())
     roots = runtime["env_vars"]["PYTHONPATH"].split(":")
     assert all((ROOT / root).is_dir() for root in roots)
-    assert {".git", ".venv", "runs"} <= set(runtime["excludes"])
+    assert {".git", ".venv", "/runs"} <= set(runtime["excludes"])
+    assert not {"data", "*.h5"} & set(runtime["excludes"]), "the sample's own data must go along"

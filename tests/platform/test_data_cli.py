@@ -96,7 +96,7 @@ class TestIngest:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--out", "s"], "sources is {} and store is null"),
+            (["--out", "s"], "--source: is not given"),
             (["--source", "qm7x=sample"], "--out: is not given"),
             (["--source", "qm7x", "--out", "s"], "--source: is 'qm7x', but must be NAME=PATH"),
             (["--source", "qm7x=a", "--source", "qm7x=b", "--out", "s"], "--source: names qm7x twice"),

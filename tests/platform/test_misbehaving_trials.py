@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from wattier.config import RunConfig
+from wattier.funnel import adopt_finished
 from wattier.launch import LATER, InlineLauncher, Stage
 from wattier.outcome import LONGEST_ERROR
 from wattier.policy import FixedPolicy
@@ -170,6 +171,17 @@ class TestInline(MisbehaviourContract):
     @pytest.fixture
     def launcher(self):
         return InlineLauncher()
+
+    def test_garbage_that_a_killed_driver_left_is_a_row_too(self, stage_of):
+        stage = stage_of()
+        stage.open_trial(Proposal("only-000", {"do": "behaves"}))
+        path = stage.run.trial_folder("only", "only-000") / "result.json"
+        path.write_text("{")
+        adopt_finished(stage)
+        (row,) = stage.run.trials("only")
+        assert (row.status, row.params) == ("failed", {"do": "behaves"})
+        assert row.error.startswith("result.json holds no result")
+        assert (path.parent / "error.txt").exists()
 
 
 class TestRay(MisbehaviourContract):

@@ -1,0 +1,100 @@
+"""What a cluster could hold, and what the driver says while nothing runs; without Ray."""
+
+import itertools
+import logging
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from wattier import ray_driver
+from wattier.errors import UserError
+from wattier.ray_cluster import missing_of
+from wattier.ray_driver import Driver
+from wattier.records import Fidelity
+
+
+def fits(bundle, ranks, nodes):
+    """The same by trying: every way to put every rank on some node."""
+    for places in itertools.product(range(len(nodes)), repeat=ranks):
+        left = [dict(node) for node in nodes]
+        for place in places:
+            for name, each in bundle.items():
+                left[place][name] = left[place].get(name, 0.0) - each
+        if all(value >= -1e-9 for node in left for value in node.values()):
+            return True
+    return False
+
+
+def test_what_fits_is_found_by_trying():
+    draw = random.Random(1)
+    for _ in range(400):
+        nodes = [
+            {"CPU": float(draw.randint(0, 4)), "GPU": draw.choice([0.0, 1.0, 2.0])} for _ in range(draw.randint(0, 3))
+        ]
+        bundle = {"CPU": float(draw.randint(1, 3))} | draw.choice([{}, {"GPU": 1.0}, {"GPU": 0.5}])
+        ranks = draw.randint(1, 4)
+        missing = missing_of(bundle, ranks, nodes)
+        assert (missing is None) == fits(bundle, ranks, nodes), (bundle, ranks, nodes, missing)
+
+
+def test_what_is_missing_is_said_with_figures():
+    assert missing_of({"CPU": 2.0}, 3, [{"CPU": 4.0}]) == (
+        "asks for 3 ranks of 2 CPU each, but the Ray cluster has 4 CPU on 1 nodes"
+    )
+    assert missing_of({"CPU": 3.0}, 1, [{"CPU": 2.0}, {"CPU": 2.0}]) == (
+        "asks for 1 ranks of 3 CPU each, each on one node, but the Ray cluster has room for 0"
+    )
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver whose clock and whose cluster the test turns."""
+    config = SimpleNamespace(resources=SimpleNamespace(stall_seconds=100.0))
+    stage = SimpleNamespace(config=config, fidelity=Fidelity("only", None, 1, 2))
+    driver = Driver(stage, None, None, {"CPU": 1.0})
+    world = SimpleNamespace(now=1000.0, missing=None, lives=True)
+    monkeypatch.setattr(ray_driver.time, "monotonic", lambda: world.now)
+    monkeypatch.setattr(ray_driver, "what_is_missing", lambda *_: world.missing)
+    monkeypatch.setattr(ray_driver, "own_node_lives", lambda: world.lives)
+    driver.world = world
+    return driver
+
+
+def wait(driver, seconds, *statuses):
+    for _ in range(int(seconds)):
+        driver.world.now += 1
+        driver.look_after([SimpleNamespace(status=status, trial_id="t") for status in statuses])
+
+
+def test_a_busy_cluster_is_waited_for_and_told_of_once(driver, caplog):
+    with caplog.at_level(logging.WARNING):
+        wait(driver, 1000, "PENDING", "TERMINATED")
+    (record,) = caplog.records
+    assert "one waits since 60 s for 2 ranks" in record.getMessage()
+    assert "others hold them" in record.getMessage()
+
+
+def test_a_cluster_that_is_too_small_is_waited_for_as_long_as_a_stall(driver, caplog):
+    driver.world.missing = "asks for 2 ranks of 1 CPU each, but the Ray cluster has 1 CPU on 1 nodes"
+    wait(driver, 90, "PENDING")
+    driver.world.missing = None  # a node came back
+    wait(driver, 10, "PENDING")
+    driver.world.missing = "asks for too much"
+    wait(driver, 90, "PENDING")
+    with pytest.raises(UserError, match="asks for too much, for 100 s now"):
+        wait(driver, 20, "PENDING")
+
+
+@pytest.mark.parametrize("statuses", [("RUNNING",), ("RUNNING", "PENDING"), ("TERMINATED", "ERROR"), ()])
+def test_while_something_runs_or_nothing_waits_nothing_is_said(driver, caplog, statuses):
+    driver.world.missing, driver.world.lives = "asks for too much", False
+    with caplog.at_level(logging.WARNING):
+        wait(driver, 1000, *statuses)
+    assert not caplog.records
+
+
+def test_the_loss_of_its_own_node_ends_it(driver):
+    driver.world.lives = False
+    with pytest.raises(UserError, match="Ray itself was lost"):
+        wait(driver, 10, "PENDING")
