@@ -24,8 +24,18 @@ N_SPREAD = 512  # candidates all over the space
 N_NEAR = 256  # candidates near the front
 N_LISTED = 2000  # a space of no more configurations is searched whole
 N_CENTRES = 12
-N_FIRST_RUNGS = 2
+SCOUTS_A_PARAMETER = 8
+SCOUTS_COST = 1.5  # full trials
 WORTH = 0.5
+
+
+def scouts(n_parameters: int, epochs: int, trials: int) -> int:
+    """How many trials of a stage are looked at for one rung only, to learn what the space is like.
+
+    Joules and much of the loss are known from the first epoch on. Eight a parameter, as long as all of them together
+    cost no more than a trial and a half, and take no more than a fifth of the stage's trials.
+    """
+    return min(SCOUTS_A_PARAMETER * n_parameters, int(SCOUTS_COST * epochs), trials // 5)
 
 
 class MultiFidelitySampler:
@@ -41,12 +51,13 @@ class MultiFidelitySampler:
     Args:
         space: parameters by name.
         seed: of the random candidates.
+        n_scouts: trials at the beginning that end at their first rung, see `scouts`.
     """
 
-    def __init__(self, space: Mapping[str, RangeParameter | ChoiceParameter], seed: int) -> None:
+    def __init__(self, space: Mapping[str, RangeParameter | ChoiceParameter], seed: int, n_scouts: int = 0) -> None:
         self.encoder = Encoder(space)
-        self.seed = seed
-        self.n_first = max(5, min(len(self.encoder.space) + 2, 10))
+        self.seed, self.n_scouts = seed, n_scouts
+        self.n_first = max(5, min(len(self.encoder.space) + 2, 10), n_scouts)
         self._kernels = Kernels()
         self._listed = self.encoder.all() if self.encoder.size(N_LISTED) is not None else None
         self._threads = ThreadpoolController()
@@ -95,8 +106,8 @@ class MultiFidelitySampler:
         """Whether a running trial is worth its remaining joules: whether it promises at least half as much for a joule
         as the best trial that could be started instead.
 
-        The first trials, which say what the space is like, end at their second rung. Nothing is lost by that: a trial
-        that turns out well may be proposed again.
+        The scouts, which say what the space is like, end at their first rung. Nothing is lost by that: a trial that
+        turns out well may be proposed again.
 
         Args:
             observations: of other trials.
@@ -108,7 +119,7 @@ class MultiFidelitySampler:
         latest = trial[-1]
         tried = {self.encoder.key(o.params) for o in (*observations, latest)}
         if len(tried) <= self.n_first:
-            return len(trial) < N_FIRST_RUNGS
+            return len(tried) > self.n_scouts
         with self._threads.limit(limits=1, user_api="blas"):
             known = [*observations, *trial]
             rng = np.random.default_rng([self.seed, len(known), len(pending), len(diverged)])
