@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
 from wattier.config_search import BudgetSection
-from wattier.ledger import trial_folders
+from wattier.ledger import trial_bills
 from wattier.records import TrialResult
 from wattier.rundir import RunDir
 from wattier.units import format_joules, format_seconds
-from wattier_telemetry import EnergyReport, bill
+from wattier_telemetry import EnergyReport
 
 
 class Verdict(Enum):
@@ -39,20 +39,30 @@ class Budget:
     what is spent in the end exceeds the budget by no more than the projections of the last trials were short by.
     """
 
-    def __init__(self, limits: BudgetSection | None, run: RunDir, stages: Collection[str], share: float = 1.0) -> None:
+    def __init__(
+        self,
+        limits: BudgetSection | None,
+        run: RunDir,
+        stages: Collection[str],
+        share: float = 1.0,
+        sharing: Sequence[str] | None = None,
+    ) -> None:
         """Read what was spent.
 
         Args:
             limits: None = anything may be spent.
             run: where it was spent.
             stages: whose trials count.
-            share: of joules and seconds that may be spent before the stage after this one begins, 0 to 1.
+            share: of joules and seconds, 0 to 1, that some of the stages may spend.
+            sharing: those stages, the present one last, which may start one trial whatever its share; None = all.
         """
         self.limits = limits or BudgetSection()
-        self.share = share
+        self.share, self.sharing = share, set(stages if sharing is None else sharing)
+        self._present = None if sharing is None else sharing[-1]
         self._reports = _bills(run, stages)
         self._running: dict[tuple[str, str], float | None] = {}  # projected joules
         self._before_seconds = _busy_seconds(self._reports.values())
+        self._shared_seconds = _busy_seconds(r for (stage, _), r in self._reports.items() if stage in self.sharing)
         self._began = time.monotonic()
         self.refused: str | None = None  # why the last trial was not started, in words
 
@@ -66,8 +76,7 @@ class Budget:
     @property
     def joules_left(self) -> float | None:
         """What a further trial may cost, J; None = anything."""
-        limit = self.limits.energy_joules
-        return None if limit is None else self.share * limit - self._committed()
+        return self._joules_left(running=True)
 
     def verdict(self, stage: str, trial_id: str, joules: float | None, seconds: float | None) -> Verdict:
         """Whether a trial of these projections may start; None = nobody knows, so it runs alone."""
@@ -75,12 +84,11 @@ class Budget:
         if self.limits.trials is not None and key not in self._reports and spent.trials >= self.limits.trials:
             self.refused = f"{spent.trials} trials have started, of {self.limits.trials}"
             return Verdict.STOP
-        if self.limits.seconds is not None and spent.seconds + (seconds or 0.0) > self.share * self.limits.seconds:
-            self.refused = (
-                f"{format_seconds(spent.seconds)} of {format_seconds(self.limits.seconds)} are spent, and the next "
-                f"trial would take {format_seconds(seconds)}"
-            )
-            return Verdict.STOP
+        if (limit := self.limits.seconds) is not None:
+            shared = spent.seconds - self._before_seconds + self._shared_seconds
+            if (seconds or 0.0) > min(limit - spent.seconds, self._share_of(limit) - shared):
+                self._refuse(spent.seconds, shared, limit, seconds, format_seconds)
+                return Verdict.STOP
         return self._energy_verdict(key, joules)
 
     def opened(self, stage: str, trial_id: str, joules: float | None) -> None:
@@ -94,9 +102,8 @@ class Budget:
         self._reports[key] = result.energy
 
     def _energy_verdict(self, key: tuple[str, str], joules: float | None) -> Verdict:
-        left = self.joules_left
-        limit = self.limits.energy_joules
-        if left is None or limit is None:
+        left, sure, limit = self.joules_left, self._joules_left(running=False), self.limits.energy_joules
+        if left is None or sure is None or limit is None:
             return Verdict.START
         paid = self._reports[key].joules or 0.0 if key in self._reports else 0.0
         due = None if joules is None else max(0.0, joules - paid)  # an interrupted trial goes on where it was
@@ -107,26 +114,41 @@ class Budget:
                 return Verdict.START
         elif due <= left:
             return Verdict.START
-        self.refused = (
-            f"{format_joules(self.spent().joules)} of {format_joules(limit)} are spent, and the next trial would take "
-            f"{format_joules(due)}"
-        )
-        sure = self.share * limit - math.fsum(report.joules or 0.0 for report in self._reports.values())
+        shared = math.fsum(report.joules or 0.0 for key, report in self._reports.items() if key[0] in self.sharing)
+        self._refuse(self.spent().joules, shared, limit, due, format_joules)
         return Verdict.LATER if self._running and due is not None and due <= sure else Verdict.STOP
 
-    def _committed(self) -> float:
-        """Joules that are spent, or will be when all that runs costs what was projected."""
+    def _refuse(
+        self, spent: float, shared: float, limit: float, due: float | None, text: Callable[[float | None], str]
+    ) -> None:
+        self.refused = f"{text(spent)} of {text(limit)} are spent"
+        if self.share < 1:
+            self.refused += f" ({text(shared)} of the {text(self.share * limit)} for the stages up to this one)"
+        self.refused += f", and the next trial would take {text(due)}"
+
+    def _joules_left(self, *, running: bool) -> float | None:
+        """What is neither spent nor, when all that runs costs what was projected, will be; None = no limit."""
+        if (limit := self.limits.energy_joules) is None:
+            return None
         spent = {key: report.joules or 0.0 for key, report in self._reports.items()}
-        for key, joules in self._running.items():
+        for key, joules in self._running.items() if running else ():
             spent[key] = max(joules or 0.0, spent.get(key, 0.0))
-        return math.fsum(spent.values())
+        shared = math.fsum(joules for (stage, _), joules in spent.items() if stage in self.sharing)
+        return min(limit - math.fsum(spent.values()), self._share_of(limit) - shared)
+
+    def _share_of(self, limit: float) -> float:
+        """What the stages up to the present one may spend: all of it, where that one has not started any trial yet."""
+        has_begun = any(stage == self._present for stage, _ in (*self._reports, *self._running))
+        return limit if self._present is not None and not has_begun else self.share * limit
 
 
 def _bills(run: RunDir, stages: Collection[str]) -> dict[tuple[str, str], EnergyReport]:
-    """What each trial owes, recorded or not."""
-    recorded = {(t.fidelity.stage, t.trial_id): t.energy for t in run.trials() if t.fidelity.stage in stages}
-    opened = {key for key in trial_folders(run) if key[0] in stages}
-    return recorded | {key: bill(run.trial_folder(*key)) for key in opened - set(recorded)}
+    """What each trial that was started owes, recorded or not."""
+    return {
+        key: report
+        for key, report in trial_bills(run, stages).items()
+        if report.shares or (run.trial_folder(*key) / "trial.json").exists()  # else its row says that it was not paid
+    }
 
 
 def _busy_seconds(reports: Iterable[EnergyReport]) -> float:

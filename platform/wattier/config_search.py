@@ -102,7 +102,7 @@ class SearchSection(Section):
     def _loss_among_them(cls, objectives: list[Objective]) -> list[Objective]:
         if "val_loss" not in objectives or len(set(objectives)) < len(objectives):
             raise ValueError(f"is {objectives}, but must name val_loss, and at most one other")
-        return objectives
+        return sorted(objectives, key=lambda name: name != "val_loss")  # a point is (loss, what it costs)
 
     @model_validator(mode="after")
     def _weights_of_objectives(self) -> Self:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wattier.config import RunConfig
-from wattier.config_search import StageSection
+from wattier.config_search import BudgetSection, StageSection
 from wattier.device_prior import prior_of
 from wattier.energy_model import EnergyModel, Projection
 from wattier.errors import UserError
@@ -28,6 +28,7 @@ class Costs:
 
     def __init__(self, model: EnergyModel, ended: Iterable[TrialResult] = ()) -> None:
         self.model = model
+        self._heard: set[tuple[str, str]] = set()
         for result in ended:
             self.learn(result)
 
@@ -45,6 +46,10 @@ class Costs:
         """A trial ended. One that failed, or needed several attempts, paid for more than it shows."""
         if result.status not in ("complete", "pruned") or result.attempts > 1 or not result.epochs_done:
             return
+        key = (result.fidelity.stage, result.trial_id)
+        if key in self._heard:
+            return
+        self._heard.add(key)
         self.model.observe(
             result.params,
             result.fidelity,
@@ -58,6 +63,11 @@ class Costs:
         """Joules of trials drawn evenly from the search space, sorted; None = nobody can say yet."""
         joules = self.joules(random_points(typed_space(config), SAMPLED, config.seed), fidelity)
         return None if joules is None else np.sort(joules)
+
+
+def fidelity_of(section: StageSection) -> Fidelity:
+    """How far the trials of a stage are trained."""
+    return Fidelity(section.name, section.structures, section.epochs, section.ranks)
 
 
 def costs_of(run: RunDir, config: RunConfig, store: Store | None) -> Costs:
@@ -79,22 +89,10 @@ def refuse_small_budget(config: RunConfig, costs: Costs) -> None:
     section, budget = config.search.stages[0], config.search.budget
     if budget is None:
         return
-    fidelity = Fidelity(section.name, section.structures, section.epochs, section.ranks)
-    joules, seconds = _cheapest(config, costs, fidelity)
-    for name, limit, needed, text in (
-        ("joules", budget.joules, joules, format_joules(joules)),
-        ("kilowatt_hours", budget.kilowatt_hours, None if joules is None else joules / 3.6e6, format_joules(joules)),
-        ("seconds", budget.seconds, seconds, format_seconds(seconds)),
-        ("trials", budget.trials, 1.0, "1 trial"),
-    ):
-        if limit is None or (limit > 0 and (needed is None or limit >= needed)):
-            continue
-        need = f"the cheapest trial of stage {section.name!r} needs about {text}" if needed else "must be above 0"
-        figure = "" if needed is None else f" ({needed:.3g})"
-        raise UserError(
-            f"search.budget.{name}: is {limit:g}, but {need}{figure}. Give more, or lower the stage's epochs or "
-            "structures."
-        )
+    fidelity = fidelity_of(section)
+    points = random_points(typed_space(config), SAMPLED, config.seed)
+    trial = f"the cheapest trial of stage {section.name!r}"
+    _refuse_small("search.budget", budget, trial, _cheapest(costs, points, fidelity))
 
 
 def refuse_small_training_budget(
@@ -106,25 +104,34 @@ def refuse_small_training_budget(
         UserError: with the figure that is needed.
     """
     budget = config.full_training.budget
-    known = costs.joules(picked, fidelity) if picked else None
-    limit = None if budget is None else budget.energy_joules
-    if limit is None or run.trials(fidelity.stage):
-        return
-    needed = None if known is None else float(known.min())
-    if limit <= 0 or (needed is not None and limit < needed):
-        figure = "must be above 0" if needed is None else f"the cheapest member needs about {format_joules(needed)}"
-        raise UserError(f"full_training.budget: is {format_joules(limit)}, but {figure}. Give more, or lower epochs.")
+    if budget is not None and picked and not run.trials(fidelity.stage):
+        _refuse_small("full_training.budget", budget, "the cheapest member", _cheapest(costs, picked, fidelity))
+
+
+def _refuse_small(place: str, budget: BudgetSection, trial: str, cheapest: tuple[float | None, float | None]) -> None:
+    joules, seconds = cheapest
+    for name, limit, needed, text in (
+        ("joules", budget.joules, joules, format_joules(joules)),
+        ("kilowatt_hours", budget.kilowatt_hours, None if joules is None else joules / 3.6e6, format_joules(joules)),
+        ("seconds", budget.seconds, seconds, format_seconds(seconds)),
+        ("trials", budget.trials, 1.0, "1 trial"),
+    ):
+        if limit is None or (limit > 0 and (needed is None or limit >= needed)):
+            continue
+        need = f"{trial} needs about {text}" if needed else "must be above 0"
+        figure = "" if needed is None else f" ({needed:.3g})"
+        raise UserError(f"{place}.{name}: is {limit:g}, but {need}{figure}. Give more, or lower epochs or structures.")
 
 
 def mean_joules(config: RunConfig, costs: Costs | None, section: StageSection) -> float | None:
     """What a trial of a stage costs on average over the search space, J; None = nobody can say yet."""
-    fidelity = Fidelity(section.name, section.structures, section.epochs, section.ranks)
+    fidelity = fidelity_of(section)
     joules = None if costs is None else costs.of_space(config, fidelity)
     return None if joules is None else float(joules.mean())
 
 
-def _cheapest(config: RunConfig, costs: Costs, fidelity: Fidelity) -> tuple[float | None, float | None]:
-    points = random_points(typed_space(config), SAMPLED, config.seed)
+def _cheapest(costs: Costs, points: Sequence[Params], fidelity: Fidelity) -> tuple[float | None, float | None]:
+    """Joules and seconds of that one of some trials that needs the fewest joules; None = nobody can say yet."""
     joules = costs.joules(points, fidelity)
     if joules is None:
         return None, None

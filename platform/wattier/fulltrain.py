@@ -57,9 +57,11 @@ def train_members(  # noqa: PLR0913, PLR0917  (what runs, who listens, who knows
         return result.trial_id in selection.picked and result.status != "failed"
 
     run_stage(stage, lambda: policy, launcher, run_trial, on_result, is_done, mirror)
+    told = {result.trial_id: result.error for result in run.trials(FULL_STAGE)}
     for trial_id, reason in policy.refused.items():
         result = stage.outcome(Proposal(trial_id, params[trial_id]), f"not started: {reason} (full_training.budget)")
-        append_json_line(run.trials_path, result.to_dict())
+        if told.get(trial_id) != result.error:  # the same command again says nothing new
+            append_json_line(run.trials_path, result.to_dict())
         on_result(result)
     return trained_members(run)
 

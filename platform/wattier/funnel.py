@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from wattier.budget import Budget
 from wattier.config import RunConfig
 from wattier.config_search import StageSection
-from wattier.costs import Costs, mean_joules
+from wattier.costs import Costs, fidelity_of, mean_joules
 from wattier.launch import Launcher, NotNow, Policy, Stage
 from wattier.mirror import Mirror
 from wattier.multifidelity import Observation
 from wattier.objectives import Objectives
 from wattier.pareto import non_dominated_ranks
 from wattier.policy import Before, SearchPolicy
-from wattier.records import Fidelity, Proposal, TrialResult
+from wattier.priors import key_of
+from wattier.records import Fidelity, Params, Proposal, TrialResult
 from wattier.rundir import RunDir, append_json_line, read_json, write_json
 from wattier.sampler import Point
 from wattier.select import by_trade_off, compare, split_candidates
@@ -55,12 +56,15 @@ def run_search(  # noqa: PLR0913  (who launches, who listens, who knows the pric
         mirror: shows the trials to optuna-dashboard.
     """
     objectives = objectives or Objectives.of(config.search)
-    shares = budget_shares(config, costs, n_training)
+    if n_training is None:  # of data of your own nobody knows more than this
+        n_training = max(section.structures or 1 for section in config.search.stages)
     for index, section in enumerate(config.search.stages):
         earlier = config.search.stages[index - 1].name if index else ""
-        promoted = promoted_trials(run.trials(), earlier, section.promote, objectives)
+        promoted = promoted_trials(each_once(run.trials(earlier)), earlier, section.promote, objectives)
         stage = Stage(run, config, fidelity_of(section), section.trials)
-        budget = Budget(config.search.budget, run, stage_names(config), shares[section.name])
+        share = budget_shares(config, costs, n_training)[section.name]
+        names = stage_names(config)
+        budget = Budget(config.search.budget, run, names, share, names[: index + 1])
 
         def make_policy(section: StageSection = section, promoted=promoted, budget: Budget = budget) -> SearchPolicy:  # type: ignore[no-untyped-def]
             return SearchPolicy(
@@ -129,6 +133,14 @@ def adopt_finished(stage: Stage) -> None:
             append_json_line(stage.run.trials_path, result.to_dict())
 
 
+def each_once(results: Sequence[TrialResult]) -> list[TrialResult]:
+    """One trial a configuration: of those that ran several times the finished one with the lowest loss."""
+    best: dict[str, TrialResult] = {}
+    for result in sorted(results, key=lambda r: (r.status != "complete", r.val_loss is None, r.val_loss or 0.0)):
+        best.setdefault(key_of(result.params), result)
+    return list(best.values())
+
+
 def promoted_trials(
     results: Sequence[TrialResult], stage: str, count: int, objectives: Objectives | None = None
 ) -> list[TrialResult]:
@@ -170,45 +182,57 @@ def what_was_before(  # noqa: PLR0913, PLR0917
     """What other campaigns and earlier stages have taught, each trial at its fidelity relative to this stage's."""
     space, here = typed_space(config), fidelity_of(section)
     names = stage_names(config)
-    seen, points = _from_priors(priors, here, objectives, n_training)
+    seen, points, lost = _from_priors(priors, here, objectives, costs, n_training)
     for name in names[: names.index(section.name)]:
         for trial in run.trials(name):
-            if trial.val_loss is None or not trial.epochs_done or not contains(space, trial.params):
+            if not contains(space, trial.params):
                 continue
-            share = min(LESS_THAN_ALL, size_of(trial.fidelity, n_training) / size_of(here, n_training))
+            if trial.diverged or trial.status == "failed":
+                lost.append(trial.params)
+            if trial.val_loss is None or not trial.epochs_done:
+                continue
+            ratio = size_of(trial.fidelity, n_training) / size_of(here, n_training)
             done = min(1.0, trial.epochs_done / trial.fidelity.epochs)
-            joules = None if trial.energy_joules is None else trial.energy_joules / (share * done)
-            if costs is not None and (known := costs.joules([trial.params], here)) is not None:
-                joules = float(known[0])
-            values = objectives.values(trial.params, trial.val_loss, joules, trial.structures_seen / (share * done))
+            joules = _joules_here(costs, here, trial.params, trial.energy_joules, ratio * done)
+            values = objectives.values(trial.params, trial.val_loss, joules, trial.structures_seen / (ratio * done))
             if values is not None:
-                second = values[1] if len(values) > 1 else None
+                second, share = values[1] if len(values) > 1 else None, min(LESS_THAN_ALL, ratio)
                 seen.append(Observation(trial.params, share * done, values[0], second, trial.limit_ratios, False))
             if trial.status == "complete" and (own := objectives.of_result(trial)) is not None:
                 points.append(Point(trial.params, own))
-    return Before(seen, points)
+    return Before(seen, points, lost)
+
+
+def _joules_here(
+    costs: Costs | None, here: Fidelity, params: Params, joules: float | None, ratio: float
+) -> float | None:
+    """Joules of a trial at this stage's fidelity: as projected, else those it took at another one, in proportion."""
+    if costs is not None and (known := costs.joules([params], here)) is not None:
+        return float(known[0])
+    return None if joules is None else joules / ratio
 
 
 def _from_priors(
-    priors: Sequence[PriorTrial], here: Fidelity, objectives: Objectives, n_training: int | None
-) -> tuple[list[Observation], list[Point]]:
+    priors: Sequence[PriorTrial], here: Fidelity, objectives: Objectives, costs: Costs | None, n_training: int | None
+) -> tuple[list[Observation], list[Point], list[Params]]:
     """Trials of other campaigns: of a lower fidelity, however far they were trained, since on other data."""
     seen: list[Observation] = []
     points: list[Point] = []
+    lost = [prior.params for prior in priors if prior.val_loss is None]  # they diverged
     for prior in priors:
         if prior.val_loss is None:
             continue
-        share = UNKNOWN_SHARE
+        ratio = UNKNOWN_SHARE
         if prior.fidelity is not None:
-            share = min(LESS_THAN_ALL, size_of(prior.fidelity, n_training) / size_of(here, n_training))
-        joules = None if prior.energy_joules is None else prior.energy_joules / share
+            ratio = size_of(prior.fidelity, n_training) / size_of(here, n_training)
+        joules, share = _joules_here(costs, here, prior.params, prior.energy_joules, ratio), min(LESS_THAN_ALL, ratio)
         values = objectives.values(prior.params, prior.val_loss, joules, size_of(here, n_training))
         if values is None:
             continue
         seen.append(Observation(prior.params, share, values[0], values[1] if len(values) > 1 else None, {}, False))
         if prior.status == "complete":
             points.append(Point(prior.params, values))
-    return seen, points
+    return seen, points, lost
 
 
 def is_over(run: RunDir, config: RunConfig, section: StageSection) -> bool:
@@ -226,11 +250,6 @@ def stage_end(run: RunDir, stage: str) -> Mapping[str, object] | None:
     return note if isinstance(note, dict) and {"reason", "budget"} <= set(note) else None
 
 
-def fidelity_of(section: StageSection) -> Fidelity:
-    """How far the trials of a stage are trained."""
-    return Fidelity(section.name, section.structures, section.epochs, section.ranks)
-
-
 def stage_names(config: RunConfig) -> list[str]:
     """Stages of the search in their order."""
     return [stage.name for stage in config.search.stages]
@@ -238,7 +257,8 @@ def stage_names(config: RunConfig) -> list[str]:
 
 def size_of(fidelity: Fidelity, n_training: int | None) -> float:
     """How much a trial of a fidelity sees: structures times epochs."""
-    return float(fidelity.epochs * (fidelity.structures or n_training or 1))
+    there = n_training or fidelity.structures or 1
+    return float(fidelity.epochs * min(fidelity.structures or there, there))
 
 
 def budget_shares(config: RunConfig, costs: Costs | None, n_training: int | None) -> dict[str, float]:

@@ -65,6 +65,7 @@ class Halving:
     def __init__(self, epochs: int, reduction_factor: int | None) -> None:
         self.epochs, self.reduction_factor = epochs, reduction_factor or 0
         self._rungs = Rungs(epochs, reduction_factor)
+        self.disqualified: set[str] = set()
         self.answers: dict[tuple[str, int], bool] = {}
 
     @property
@@ -79,10 +80,16 @@ class Halving:
             self.answers[key] = self._judge(trial_id, record)
         return self.answers[key]
 
+    def disqualify(self, trial_id: str) -> None:
+        """A trial used more than is allowed: nobody is compared with it."""
+        for rung in self._rungs.losses.values():
+            rung.pop(trial_id, None)
+        self.disqualified.add(trial_id)
+
     def _judge(self, trial_id: str, record: EpochRecord) -> bool:
-        if record.val_loss is None:
+        if record.val_loss is None or not math.isfinite(record.val_loss):
             return False
-        if record.epoch >= self.epochs:
+        if record.epoch >= self.epochs or trial_id in self.disqualified:
             return True
         rung = self._rungs.entered(trial_id, record.epoch, record.val_loss)
         if rung is None:
@@ -116,6 +123,7 @@ class ParetoHalving:
         self._rungs = Rungs(epochs, reduction_factor)
         self.joules: dict[str, float] = {}
         self.final: dict[str, float] = {}
+        self.disqualified: set[str] = set()
         self.answers: dict[tuple[str, int], bool] = {}
 
     @property
@@ -130,13 +138,17 @@ class ParetoHalving:
             self.answers[key] = self._judge(trial_id, record)
         return self.answers[key]
 
+    def disqualify(self, trial_id: str) -> None:
+        """A trial used more than is allowed: it still shows how losses fall, and dominates nobody."""
+        self.disqualified.add(trial_id)
+
     def _judge(self, trial_id: str, record: EpochRecord) -> bool:
         if record.val_loss is None or not math.isfinite(record.val_loss):
             return False
-        if record.energy_joules is not None and record.energy_joules > 0 and record.epoch > 0:
+        if record.energy_joules is not None and 0 < record.energy_joules < math.inf and record.epoch > 0:
             self.joules[trial_id] = record.energy_joules / record.epoch * self.epochs
         if record.epoch >= self.epochs:
-            self.final[trial_id] = record.val_loss
+            self.final[trial_id] = record.val_loss  # only what reached the last epoch dominates anything
             return True
         rung = self._rungs.entered(trial_id, record.epoch, record.val_loss)
         return rung is None or not self._is_dominated(trial_id, rung)
@@ -144,7 +156,8 @@ class ParetoHalving:
     def _is_dominated(self, trial_id: str, rung: dict[str, float]) -> bool:
         went_on = [other for other in self.final if other in rung and other != trial_id]
         joules = self.joules.get(trial_id, math.inf)
-        cheaper = [other for other in went_on if joules == math.inf or self.joules.get(other, math.inf) <= joules]
+        fair = [other for other in went_on if other not in self.disqualified]
+        cheaper = [other for other in fair if joules == math.inf or self.joules.get(other, math.inf) <= joules]
         if len(went_on) < N_CAREFUL or all(rung[other] > rung[trial_id] for other in cheaper):
             return False
         return self._chance_below(trial_id, rung, went_on, min(self.final[other] for other in cheaper)) < P_STOP

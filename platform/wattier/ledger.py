@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class LedgerInfo(NamedTuple):
 
 def ledger_info(run: RunDir) -> LedgerInfo:
     """Joules by phase, read from the energy journals: attempts, ranks and killed trials are all in."""
-    trials = _trial_bills(run)
+    trials = trial_bills(run)
     statuses = {(t.fidelity.stage, t.trial_id): t.status for t in run.trials()}
     phases: dict[str, list[EnergyReport]] = {}
     for folder in sorted(p for p in (run.path / "phases").glob("*") if p.is_dir()):
@@ -81,16 +81,20 @@ def trial_folders(run: RunDir) -> list[tuple[str, str]]:
     return [(path.parent.name, path.name) for path in found]
 
 
-def _trial_bills(run: RunDir) -> dict[tuple[str, str], EnergyReport]:
+def trial_bills(run: RunDir, stages: Collection[str] | None = None) -> dict[tuple[str, str], EnergyReport]:
     """What each trial owes: by its record where that is its last word, else by its journals, if its folder is there.
+
+    stages: None = all.
 
     A trial that ended by itself wrote its result when all of its ranks had closed their meters, so its record is the
     sum of its journals, of which there may be thousands. A failed one may have had ranks that went on for a while.
     """
-    records = {(t.fidelity.stage, t.trial_id): t for t in run.trials()}
+    folders = [key for key in trial_folders(run) if stages is None or key[0] in stages]
+    rows = [t for t in run.trials() if stages is None or t.fidelity.stage in stages]
+    records = {(t.fidelity.stage, t.trial_id): t for t in rows}
     ended = {key for key, trial in records.items() if trial.status in ENDED_BY_ITSELF}
     bills = {key: trial.energy for key, trial in records.items()}
-    return bills | {key: bill(run.trial_folder(*key)) for key in trial_folders(run) if key not in ended}
+    return bills | {key: bill(run.trial_folder(*key)) for key in folders if key not in ended}
 
 
 def stages_in_order(run: RunDir, seen: set[str]) -> list[str]:

@@ -67,31 +67,31 @@ class MultiFidelitySampler:
         observations: Sequence[Observation],
         *,
         pending: Sequence[Params] = (),
-        diverged: Sequence[Params] = (),
+        lost: Sequence[Params] = (),
         cost: CostOf | None = None,
         affordable_joules: float | None = None,
     ) -> Params | None:
-        """The next configuration to run; None when every one of a finite space has run, runs, or has diverged.
+        """The next configuration to run; None when every one of a finite space has run, runs, or is lost.
 
         Args:
             observations: in the order in which they were made.
             pending: configurations that run now.
-            diverged: configurations that diverged.
+            lost: configurations that diverged or failed.
             cost: projected joules of full trials, if a cost model knows.
             affordable_joules: what is left; a configuration that needs more is proposed only if all do.
         """
         # Matrices are small: threads cost more than they give (30 times more, measured on two cores).
         with self._threads.limit(limits=1, user_api="blas"):
             closed = {self.encoder.key(o.params) for o in observations if o.complete}
-            closed |= {self.encoder.key(params) for params in (*pending, *diverged)}
+            closed |= {self.encoder.key(params) for params in (*pending, *lost)}
             tried = {self.encoder.key(o.params): o.params for o in observations}
-            rng = np.random.default_rng([self.seed, len(observations), len(pending), len(diverged)])
+            rng = np.random.default_rng([self.seed, len(observations), len(pending), len(lost)])
             beliefs = None
             if len(tried) >= 3:
-                beliefs = Beliefs(self.encoder, self._kernels, observations, pending, diverged, cost)
+                beliefs = Beliefs(self.encoder, self._kernels, observations, pending, lost, cost)
             if beliefs is None or len(closed | set(tried)) < self.n_first:
-                known = [*tried.values(), *pending, *diverged]
-                return self._spread(known, closed, rng, beliefs, cost)
+                known = [*tried.values(), *pending, *lost]
+                return self._spread(known, closed, rng, beliefs, cost, affordable_joules)
             return self._best(beliefs, self._candidates(observations, closed, rng), closed, rng, affordable_joules)
 
     def goes_on(
@@ -100,7 +100,7 @@ class MultiFidelitySampler:
         trial: Sequence[Observation],
         *,
         pending: Sequence[Params] = (),
-        diverged: Sequence[Params] = (),
+        lost: Sequence[Params] = (),
         cost: CostOf | None = None,
     ) -> bool:
         """Whether a running trial is worth its remaining joules: whether it promises at least half as much for a joule
@@ -113,7 +113,7 @@ class MultiFidelitySampler:
             observations: of other trials.
             trial: what this one has shown at its rungs, the latest last.
             pending: other configurations that run now.
-            diverged: configurations that diverged.
+            lost: configurations that diverged or failed.
             cost: as in `suggest`.
         """
         latest = trial[-1]
@@ -122,13 +122,13 @@ class MultiFidelitySampler:
             return len(tried) > self.n_scouts
         with self._threads.limit(limits=1, user_api="blas"):
             known = [*observations, *trial]
-            rng = np.random.default_rng([self.seed, len(known), len(pending), len(diverged)])
+            rng = np.random.default_rng([self.seed, len(known), len(pending), len(lost)])
             closed = {self.encoder.key(o.params) for o in known if o.complete}
-            closed |= {self.encoder.key(params) for params in (*pending, *diverged, latest.params)}
+            closed |= {self.encoder.key(params) for params in (*pending, *lost, latest.params)}
             candidates = self._candidates(known, closed, rng)
             if not candidates:
                 return True
-            beliefs = Beliefs(self.encoder, self._kernels, known, pending, diverged, cost)
+            beliefs = Beliefs(self.encoder, self._kernels, known, pending, lost, cost)
             outlook = beliefs.outlook([latest.params, *candidates])
             beliefs.aim(outlook)
             scores = beliefs.score(outlook)
@@ -154,13 +154,14 @@ class MultiFidelitySampler:
             candidates, scores = candidates + closer, np.append(scores, beliefs.score(beliefs.outlook(closer), joules))
         return candidates[int(np.argmax(scores))]
 
-    def _spread(
+    def _spread(  # noqa: PLR0913, PLR0917  (all that is known)
         self,
         known: Sequence[Params],
         closed: set[Key],
         rng: np.random.Generator,
         beliefs: Beliefs | None,
         cost: CostOf | None,
+        joules: float | None,
     ) -> Params | None:
         """The point of a low-discrepancy sequence that is farthest from what is known, for the root of its joules."""
         known_keys = {self.encoder.key(params) for params in known}
@@ -179,6 +180,8 @@ class MultiFidelitySampler:
             distance /= np.sqrt(beliefs.expected_joules(candidates))
         elif cost is not None:
             distance /= np.sqrt(np.maximum(cost(candidates), 1e-12))
+        if cost is not None and joules is not None:
+            distance = np.where(cost(candidates) > joules, distance * 1e-9, distance)
         return candidates[int(np.argmax(distance))]
 
     def _candidates(

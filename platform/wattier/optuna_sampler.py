@@ -149,9 +149,9 @@ def _kept(ended: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
     if len(ended) <= count:
         return list(ended)
     complete = [i for i, trial in enumerate(ended) if trial.state == TrialState.COMPLETE]
-    values = np.array([ended[i].values for i in complete])
-    two = values.ndim == 2 and values.shape[1] == 2
-    order = np.argsort(non_dominated_ranks(values) if two else values.reshape(len(complete), -1)[:, 0], kind="stable")
+    values = [ended[i].values for i in complete]
+    two = bool(values) and len(values[0]) == 2
+    order = np.argsort(non_dominated_ranks(values) if two else [value[0] for value in values], kind="stable")
     best = {complete[i] for i in order[: count // 2]}
     newest = [i for i in range(len(ended) - 1, -1, -1) if i not in best][: count - len(best)]
     return [ended[i] for i in sorted(best | set(newest))]

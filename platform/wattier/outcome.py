@@ -90,7 +90,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def checked_record(record: Any) -> EpochRecord:
-    """What a trial reports after an epoch; raises where the trial can still be told.
+    """What a trial reports after an epoch, without NaN; raises where the trial can still be told.
 
     Raises:
         TypeError: it is no EpochRecord, or its numbers are none.
@@ -103,7 +103,8 @@ def checked_record(record: Any) -> EpochRecord:
         value = getattr(record, name)
         if value is not None and not _is_number(value, finite=False):
             raise TypeError(f"{name} of an EpochRecord is {_shown(value)}, but must be a number or None")
-    return record
+    known = {name: finite_or_none(getattr(record, name)) for name in ("val_loss", "train_loss", "energy_joules")}
+    return replace(record, **known)
 
 
 def checked_return(returned: Any) -> TrialResult:

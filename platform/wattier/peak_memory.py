@@ -13,6 +13,7 @@ _RESET_PEAK = "5"  # man 5 proc: sets the peak resident size to what is resident
 def reset_peak_memory(device: torch.device) -> None:
     """Begin to look for the peak anew; where the system does not let us, the peak is the process's own."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier trial of this process took, and torch kept
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:

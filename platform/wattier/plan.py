@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from wattier.config import RunConfig
-from wattier.costs import SAMPLED, Costs
-from wattier.funnel import fidelity_of, is_over
+from wattier.costs import SAMPLED, Costs, fidelity_of
+from wattier.funnel import is_over
 from wattier.records import Fidelity
 from wattier.rundir import FULL_STAGE, RunDir
 from wattier.space import random_points, typed_space

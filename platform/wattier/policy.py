@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from wattier.budget import Budget, Verdict
 from wattier.config import RunConfig
 from wattier.config_search import StageSection
-from wattier.costs import Costs
+from wattier.costs import Costs, fidelity_of
 from wattier.energy_model import Projection
 from wattier.halving import Halving, ParetoHalving
 from wattier.launch import LATER, NotNow
@@ -32,10 +32,12 @@ class Before:
     Attributes:
         observations: at fidelities relative to this stage's, all below 1.
         points: those of them that finished their own stage, the latest stage last.
+        lost: what diverged or failed, as it would at a higher fidelity.
     """
 
     observations: Sequence[Observation] = ()
     points: Sequence[Point] = ()
+    lost: Sequence[Params] = ()
 
 
 @dataclass
@@ -66,7 +68,7 @@ class SearchPolicy:
         costs: Costs | None = None,
     ) -> None:
         self.stage, self.run = stage, run
-        self.fidelity = Fidelity(stage.name, stage.structures, stage.epochs, stage.ranks)
+        self.fidelity = fidelity_of(stage)
         self.before = before or Before()
         self.objectives = objectives or Objectives.of(config.search)
         self.costs = costs
@@ -126,7 +128,13 @@ class SearchPolicy:
         self.budget.ended(result)
         if self.costs is not None:
             self.costs.learn(result)
+        self._hear_limits(result)
         self.sampler.ended(self._ended(trial, result))
+
+    def _hear_limits(self, result: TrialResult) -> None:
+        """What used more than is allowed is no reason to stop others."""
+        if any(ratio > 1 for ratio in result.limit_ratios.values()):
+            self.halving.disqualify(result.trial_id)
 
     def _take_up(self, config: RunConfig, promoted: Sequence[Params]) -> None:
         """Rebuild what an earlier process knew, and line up what it left."""
@@ -139,22 +147,27 @@ class SearchPolicy:
         self.sampler = sampler_for(config, self.stage, self.space, seed)
         self._by_worth = isinstance(self.sampler, Surrogate) and config.search.scheduler == "pareto"
         self._worth: dict[tuple[str, int], bool] = {}
-        for index, params in enumerate(promoted):
-            if self._trial_id(index) not in opened:
-                self.waiting.append(Proposal(self._trial_id(index), dict(params)))
-                opened.add(self._trial_id(index))
         self.free_ids = [i for i in map(self._trial_id, range(self.stage.trials)) if i not in opened]
+        # By parameters, not by place: under another budget the stage before may go on, and promote others.
+        tried = {key_of(result.params) for result in done} | {key_of(p.params) for p in self.waiting}
+        for params in promoted:
+            if self.free_ids and key_of(params) not in tried:
+                self.waiting.append(Proposal(self.free_ids.pop(0), dict(params)))
         for trial_id, params in [
             *((r.trial_id, r.params) for r in done),
             *((p.trial_id, p.params) for p in self.waiting),
         ]:
             epochs = self.run.epochs(self.stage.name, trial_id)
             self.trials[trial_id] = _Trial(params, {record.epoch: record for record in epochs})
+        for result in done:
+            self._hear_limits(result)
         reported = [(record, trial_id) for trial_id, trial in self.trials.items() for record in trial.records.values()]
         for record, trial_id in sorted(reported, key=lambda pair: pair[0].time_seconds or 0.0):
             self.halving.go_on(trial_id, record)
         for result in done:
             self.trials[result.trial_id].result = result
+            if self.costs is not None:
+                self.costs.learn(result)
             self.sampler.ended(self._ended(self.trials[result.trial_id], result))
 
     def _noted(self, finished: Collection[str]) -> list[Proposal]:
@@ -216,10 +229,13 @@ class SearchPolicy:
 
     def _known(self, without: str | None = None) -> Known:
         """All that is known now, as samplers take it; of one trial nothing."""
-        observations, finished = list(self.before.observations), []
+        observations, finished, lost = list(self.before.observations), [], list(self.before.lost)
         others = [trial for trial_id, trial in self.trials.items() if trial_id != without]
         for trial in others:
-            observations += self._observations(trial)
+            seen = self._observations(trial)
+            observations += seen
+            if (end := trial.result) is not None and (end.diverged or end.status == "failed" or not seen):
+                lost.append(trial.params)
             if (point := self._point(trial)) is not None:
                 finished.append(point)
         return Known(
@@ -227,9 +243,9 @@ class SearchPolicy:
             self.before.points,
             finished,
             [trial.params for trial in others if trial.result is None],
-            [trial.params for trial in others if trial.result is not None and trial.result.diverged],
-            self._cost(),
-            self.budget.joules_left,
+            lost,
+            cost := self._cost(),
+            None if cost is None else self.budget.joules_left,
         )
 
     def _cost(self) -> Cost | None:

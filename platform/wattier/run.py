@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from wattier.config import RunConfig
-from wattier.costs import costs_of, refuse_small_budget
+from wattier.costs import costs_of, fidelity_of, refuse_small_budget
 from wattier.errors import UserError
 from wattier.evaluate import evaluate_run, member_summary
 from wattier.fulltrain import train_members, trained_members, untrained
@@ -108,6 +108,11 @@ def select(run: RunDir, config: RunConfig, listener: Listener) -> Selection:
     if missing > 0 and stage_end(run, stage.name) is None:
         raise UserError(
             f"{run.path}: {missing} trials of stage {stage.name!r} are not done. Run `wattier search` first."
+        )
+    if missing == stage.trials and (end := stage_end(run, stage.name)) is not None:
+        raise UserError(
+            f"{run.path}: no trial of stage {stage.name!r} was started: {end['reason']}. Raise search.budget, and run "
+            "the same command again."
         )
     project = _not_projected if config.trial is not None else _projection(Store(run.store_path), config)
     selection = select_trials(run.trials(), config.select, stage=stage.name, project=project)
@@ -213,7 +218,7 @@ def _to_convergence(config: RunConfig, n_training: int | None) -> Converge:
 def _check_stages(run: RunDir, config: RunConfig) -> None:
     """Refuse what could never start, before any work is done."""
     if runs_here(config):
-        fidelities = [Fidelity(s.name, s.structures, s.epochs, s.ranks) for s in config.search.stages]
+        fidelities = [fidelity_of(section) for section in config.search.stages]
         full = config.full_training
         for fidelity in [*fidelities, Fidelity(FULL_STAGE, None, full.epochs, full.ranks)]:
             check_local_resources(Stage(run, config, fidelity, n_trials=0))

@@ -68,7 +68,7 @@ class RunDir:
         """The directory of a config, made if it is not there.
 
         Raises:
-            UserError: it holds a run of another config, or cannot be written.
+            UserError: it holds a run of another config, cannot be written, or must be changed while a run goes on here.
         """
         run = cls(Path(config.run_dir).expanduser())
         if RAY_JOB_VARIABLE in os.environ and not Path(config.run_dir).expanduser().is_absolute():
@@ -86,12 +86,9 @@ class RunDir:
                 )
             if there == text:
                 return run
-            if run.has_begun():
-                write_text(run.config_path, text)  # the same run in other words, or with another budget
-                return run
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            write_text(run.config_path, text)
+            with run.lock():  # trials of a run that goes on read it
+                write_text(run.config_path, text)  # a new run, or the same in other words, or with another budget
         except OSError as error:
             raise UserError(f"{run.path}: cannot be written ({error.strerror}). Set another run_dir.") from error
         return run

@@ -29,7 +29,7 @@ class Known(NamedTuple):
         earlier: what finished in the stages before, the last one last.
         finished: what finished in this stage.
         pending: what runs, or waits to.
-        diverged: what had no finite loss.
+        lost: what diverged, failed, or left nothing to compare it by, also in earlier stages: not to be tried again.
         cost: projected joules, where there is a model of them.
         affordable_joules: what a trial may cost, None = anything.
     """
@@ -38,7 +38,7 @@ class Known(NamedTuple):
     earlier: Sequence[Point] = ()
     finished: Sequence[Point] = ()
     pending: Sequence[Params] = ()
-    diverged: Sequence[Params] = ()
+    lost: Sequence[Params] = ()
     cost: Cost | None = None
     affordable_joules: float | None = None
 
@@ -95,16 +95,14 @@ class Surrogate:
         return self.sampler.suggest(
             known.observations,
             pending=known.pending,
-            diverged=known.diverged,
+            lost=known.lost,
             cost=known.cost,
             affordable_joules=known.affordable_joules,
         )
 
     def goes_on(self, known: Known, trial: Sequence[Observation]) -> bool:
         """Whether a running trial, which `known` leaves out, is worth its remaining joules."""
-        return self.sampler.goes_on(
-            known.observations, trial, pending=known.pending, diverged=known.diverged, cost=known.cost
-        )
+        return self.sampler.goes_on(known.observations, trial, pending=known.pending, lost=known.lost, cost=known.cost)
 
     def take(self, trial_id: str, params: Params) -> None:
         """Nothing to do: it is pending."""
