@@ -25,7 +25,7 @@ import torch
 
 from wattier.errors import UserError
 from wattier.metering import metered
-from wattier.outcome import shown
+from wattier.outcome import reason_of, shown
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.records import EpochRecord, Params, Status, TrialResult, finite_or_none
 from wattier.rundir import RunDir, append_json_line, write_json
@@ -92,7 +92,7 @@ class Trial:
             seconds: since the trial began, with stated joules.
 
         Raises:
-            TypeError: a figure is no number, or joules are stated that are measured.
+            TypeError: a figure is no number or is missing, or joules are stated that are measured.
             ValueError: a stated figure is negative or not finite, or the epoch is none of this stage's.
             StopTrial: it was said before that the trial is over.
         """
@@ -103,6 +103,8 @@ class Trial:
         number = (self.last.epoch + 1 if self.last else 1) if epoch is None else _count("epoch", epoch)
         if not 1 <= number <= self.epochs:
             raise ValueError(f"report: epoch is {number}, but must be 1 to {self.epochs}, the stage's epochs")
+        if structures_seen is None and "joules_per_structure" in self._context.config.search.objectives:
+            raise TypeError("report: structures_seen is not given, but the objective joules_per_structure needs it")
         joules = self._energy.now(energy_joules, seconds)
         loss = finite_or_none(_real("val_loss", val_loss))
         now = time.monotonic()
@@ -172,6 +174,11 @@ def own_trial_of(name: str) -> RunTrial:
         UserError: there is no such function to import.
     """
     module_name, _, qualified = name.partition(":")
+    if module_name == "__main__" or "<" in qualified:
+        raise UserError(
+            f"trial: {name!r} is known only to the script that called wattier.search. Start that script again; it goes "
+            "on from here."
+        )
     try:
         found: Any = importlib.import_module(module_name)
         for part in qualified.split("."):
@@ -181,6 +188,8 @@ def own_trial_of(name: str) -> RunTrial:
             f"trial: {name!r} cannot be imported ({error}), but must be module:function, on the path of every process. "
             "Install its package, or set PYTHONPATH."
         ) from error
+    except (Exception, SystemExit) as error:  # a module may do anything when it is imported
+        raise UserError(f"trial: the module of {name!r} fails at import ({reason_of(error)}). Mend it.") from error
     if not callable(found):
         raise UserError(f"trial: {name!r} is a {type(found).__name__}, but must be a function of one trial. Name one.")
     return OwnTrial(found)
