@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from wattier.outcome import shown
 from wattier.own_model import OwnTrial, Trial
 from wattier.records import TrialResult
 from wattier.rundir import RunDir
+from wattier.select import split_candidates
 
 _NO_NAME = re.compile(r"^[^A-Za-z0-9]+|[^A-Za-z0-9_.-]+")  # what the name of a run cannot hold
 
@@ -99,8 +101,20 @@ def search(  # noqa: PLR0913
 
     with run.lock(), RunConsole(run, quiet=quiet) as console, launcher_for(config) as started:
         run_funnel(run, config, started, OwnTrial(run_trial), None, console)
+        front = on_front(run, config)
+        if not front:
+            console.say(f"warning: no trial is on the front: {_why_none(run, config)}")
     spent = Budget(config.search.budget, run, stage_names(config)).spent()
-    return Found(on_front(run, config), run.trials(), spent, run.path)
+    return Found(front, run.trials(), spent, run.path)
+
+
+def _why_none(run: RunDir, config: RunConfig) -> str:
+    """What keeps the trials of the last stage off the front, the commonest reason first."""
+    stage = stage_names(config)[-1]
+    by_energy = config.search.objectives != ["val_loss"]
+    _, excluded = split_candidates(run.trials(stage), stage=stage, by_energy=by_energy)
+    counts = Counter(why.reason if why.kind == "energy unknown" else why.kind for why in excluded.values())
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or f"stage {stage} has none"
 
 
 def _plain(value: Any) -> Any:

@@ -499,6 +499,38 @@ def test_the_report_tells_of_nothing_that_a_model_of_your_own_lacks(tmp_path):
         assert words not in page
 
 
+@pytest.mark.parametrize(
+    ("joules", "words"),
+    [(0.0, "2 energy unknown: its meter counted 0 J"), (None, "2 energy unknown: nothing could be measured")],
+)
+def test_an_empty_front_says_why(tmp_path, capsys, joules, words):
+    def work(trial):
+        trial.report(0.5, energy_joules=joules)
+
+    stages = [{"name": "only", "trials": 2, "epochs": 1, "reduction_factor": None}]
+    assert search(tmp_path / "both", work, stages=stages, quiet=False).front == []
+    assert f"warning: no trial is on the front: {words}" in capsys.readouterr().out
+    assert search(tmp_path / "loss", work, stages=stages, quiet=False, objectives="val_loss").front
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_warm_start_takes_no_setting_of_wattiers_models_for_a_parameter(tmp_path):
+    stages = [{"name": "only", "trials": 3, "epochs": 1, "reduction_factor": None}]
+    settings = {"launcher": "inline", "telemetry": STATED, "sampler": "random", "quiet": True}
+    narrow = {"x": {"low": 0.0, "high": 1.0}}
+    wide = narrow | {"hidden_dim": {"low": 8, "high": 64}}
+    wattier.search(narrow, lambda _: 0.5, stages, run_dir=tmp_path / "old", **settings)
+    warm = [str(tmp_path / "old")]
+    wattier.search(wide, table_free, stages, run_dir=tmp_path / "new", warm_start=warm, **settings)
+    (source,) = json.loads((tmp_path / "new" / "warm_start.json").read_text())["sources"]
+    assert source["left_out"] == {"without hidden_dim": 3}  # 64 is what Wattier's models have, not this one
+    assert source["notes"] == ["its model and training differ from this run's"]
+
+
+def table_free(trial):
+    return 0.25
+
+
 def test_losses_of_any_size_can_be_read(tmp_path):
     losses = iter([1e300, 1.7e308, 2e-9, 0.5])
     stages = [{"name": "only", "trials": 4, "epochs": 1, "reduction_factor": None}]
