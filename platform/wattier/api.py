@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +11,15 @@ from typing import Any, NamedTuple
 from wattier.budget import Budget, Spent
 from wattier.config import RunConfig, checked
 from wattier.console import RunConsole
+from wattier.errors import UserError
 from wattier.funnel import on_front, stage_names
+from wattier.outcome import shown
 from wattier.own_model import OwnTrial, Trial
 from wattier.records import TrialResult
 from wattier.rundir import RunDir
+from wattier.select import split_candidates
+
+_NO_NAME = re.compile(r"^[^A-Za-z0-9]+|[^A-Za-z0-9_.-]+")  # what the name of a run cannot hold
 
 
 class Found(NamedTuple):
@@ -35,7 +42,7 @@ def search(  # noqa: PLR0913
     space: Mapping[str, Any],
     run_trial: Callable[[Trial], Any],
     stages: Sequence[Mapping[str, Any]],
-    objectives: Sequence[str] = ("val_loss", "energy_joules"),
+    objectives: Sequence[str] | str = ("val_loss", "energy_joules"),
     budget: Mapping[str, float] | None = None,
     *,
     run_dir: str | Path,
@@ -72,31 +79,48 @@ def search(  # noqa: PLR0913
     Raises:
         UserError: a setting is wrong, the budget does not pay for one trial, or `run_dir` holds another search.
     """
+    if not callable(run_trial):
+        raise UserError(f"wattier.search: run_trial is {shown(run_trial)}, but must be a function of one trial.")
+    module, name = run_trial.__module__, getattr(run_trial, "__qualname__", type(run_trial).__qualname__)
     values = {
-        "name": getattr(run_trial, "__name__", "search").strip("<>_") or "search",
-        "run_dir": str(run_dir),
-        "seed": seed,
+        "name": _NO_NAME.sub("", name.rpartition(".")[2])[:60] or "search",
+        "run_dir": str(run_dir) if isinstance(run_dir, Path) else run_dir,
+        "seed": _plain(seed),
         "launcher": launcher,
-        "trial": f"{run_trial.__module__}:{getattr(run_trial, '__qualname__', type(run_trial).__qualname__)}",
+        "trial": f"{module}:{name}",
         "search": {
-            "space": _plain(space), "stages": _plain(stages), "objectives": list(objectives),
-            "budget": None if budget is None else dict(budget), **_plain(settings),
+            "space": _plain(space), "stages": _plain(stages), "budget": _plain(budget), **_plain(settings),
+            "objectives": [objectives] if isinstance(objectives, str) else _plain(objectives),
         },
-        "resources": dict(resources or {}),
-        "telemetry": dict(telemetry or {}),
+        "resources": {} if resources is None else _plain(resources),
+        "telemetry": {} if telemetry is None else _plain(telemetry),
     }  # fmt: skip
-    config = checked(RunConfig, values, Path("search"))
+    config = checked(RunConfig, values, Path("wattier.search"))
     run = RunDir.create(config)
     from wattier.run import launcher_for, run_funnel
 
     with run.lock(), RunConsole(run, quiet=quiet) as console, launcher_for(config) as started:
         run_funnel(run, config, started, OwnTrial(run_trial), None, console)
+        front = on_front(run, config)
+        if not front:
+            console.say(f"warning: no trial is on the front: {_why_none(run, config)}")
     spent = Budget(config.search.budget, run, stage_names(config)).spent()
-    return Found(on_front(run, config), run.trials(), spent, run.path)
+    return Found(front, run.trials(), spent, run.path)
+
+
+def _why_none(run: RunDir, config: RunConfig) -> str:
+    """What keeps the trials of the last stage off the front, the commonest reason first."""
+    stage = stage_names(config)[-1]
+    by_energy = config.search.objectives != ["val_loss"]
+    _, excluded = split_candidates(run.trials(stage), stage=stage, by_energy=by_energy)
+    counts = Counter(why.reason if why.kind == "energy unknown" else why.kind for why in excluded.values())
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or f"stage {stage} has none"
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and sequences of any kind as dicts and lists, which is what a config is made of."""
+    """Mappings, sequences and NumPy's numbers as dicts, lists and numbers, which is what a config is made of."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple | range) else value

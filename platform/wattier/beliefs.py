@@ -24,7 +24,8 @@ LARGEST = 1e100
 FLOORS = (0.0, 0.3, 3.0)  # candidates for `Scale.floor`
 MARGIN = 0.1  # of the range of each objective, beyond the worst that was seen: as `select.compare` does
 OPTIMISM = 1.0  # standard deviations of the loss by which a candidate may turn out better, see `Beliefs.aim`
-DOUBT = 0.2  # trials that did not diverge, believed of a place where nobody was
+EXCESS_OF_LOST = 2.0  # times what is allowed
+DOUBT = 0.2  # trials that were not lost, believed of a place where nobody was
 SMALLEST = 1e-300
 
 
@@ -49,7 +50,7 @@ class Observation(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What is believed of n candidates: encoded configurations, loss, joules (second objective), and what they cost."""
+    """What is believed of n candidates: encoded configurations, loss, joules (second objective), and projected cost."""
 
     x: Array
     loss: ShiftedLogNormal
@@ -124,7 +125,7 @@ class Beliefs:
         kernels: fitted earlier, extended here.
         observations: at least one.
         pending: configurations that run now: they are believed to end as expected (kriging believer).
-        diverged: configurations that diverged or failed.
+        lost: configurations that diverged or failed.
         cost: projected joules of full trials by a cost model; the joules' model then learns how far it is off.
     """
 
@@ -134,13 +135,14 @@ class Beliefs:
         kernels: Kernels,
         observations: Sequence[Observation],
         pending: Sequence[Params],
-        diverged: Sequence[Params],
+        lost: Sequence[Params],
         cost: CostOf | None,
     ) -> None:
         self.encoder, self.kernels, self.cost = encoder, kernels, cost
         self.two_objectives = all(observation.joules is not None for observation in observations)
         self.x = encoder.encode([observation.params for observation in observations])
-        self.latest = list({encoder.key(o.params): index for index, o in enumerate(observations)}.values())
+        self.keys = [encoder.key(o.params) for o in observations]
+        self.latest = list({key: index for index, key in enumerate(self.keys)}.values())
         losses = _winsorised(np.clip([o.loss for o in observations], -LARGEST, LARGEST))
         fidelities = np.clip([o.fidelity for o in observations], 1e-9, 1.0)
         kept = _informative(observations)
@@ -163,15 +165,17 @@ class Beliefs:
             x, at = np.vstack([self.rows, waiting]), np.append(z[kept], np.zeros(len(pending)))
             self.loss = GaussianProcess(x, at, np.append(logs, means), encoder.groups, kernel)
         self._set_front(observations, believed)
-        self.limits = self._limit_models(observations)
-        self.diverged = encoder.encode(diverged)
+        self.limits = [*self._limit_models(observations), *self._lost_model(lost)]
+        self.lost = encoder.encode(lost)
 
     def outlook(self, candidates: Sequence[Params]) -> Outlook:
         """What is believed of candidates: the part that takes time."""
         x = self.encoder.encode(candidates)
         loss = ShiftedLogNormal(*self.loss.predict(x), self.loss_shift)
-        joules = ShiftedLogNormal(*self._log_joules(x, candidates)) if self.two_objectives else None
-        return Outlook(x, loss, joules, None if self.cost is None else np.maximum(self.cost(candidates), SMALLEST))
+        cost = None if self.cost is None else np.maximum(self.cost(candidates), SMALLEST)
+        if self.two_objectives:
+            return Outlook(x, loss, ShiftedLogNormal(*self._log_joules(x, candidates)), cost)
+        return Outlook(x, loss, None, cost)
 
     def score(self, outlook: Outlook, affordable_joules: float | None = None) -> Array:
         """What candidates promise: expected gain in hypervolume (or loss) per joule, times their chance to be valid."""
@@ -232,8 +236,10 @@ class Beliefs:
 
     def _latest_model(self, name: str, values: Array) -> tuple[GaussianProcess, float]:
         """A model of what hardly depends on fidelity: the latest value of each configuration, and its scale's shift."""
-        values = np.minimum(values, LARGEST)
-        x, z, kept = self.x[self.latest], np.zeros(len(values)), slice(-N_MODEL, None)
+        return self._model(name, self.x[self.latest], np.minimum(values, LARGEST))
+
+    def _model(self, name: str, x: Array, values: Array) -> tuple[GaussianProcess, float]:
+        z, kept = np.zeros(len(values)), slice(-N_MODEL, None)
         kernel, scale = self.kernels.get(name, x, z, values, self.encoder.groups)
         shift = scale.shift(values)
         return GaussianProcess(x[kept], z[kept], np.log(values[kept] - shift), self.encoder.groups, kernel), shift
@@ -259,15 +265,24 @@ class Beliefs:
                 models.append(self._latest_model(f"limit {name}", values))
         return models
 
+    def _lost_model(self, lost: Sequence[Params]) -> list[tuple[GaussianProcess, float]]:
+        """What diverged or failed, as if it had used too much of something that all others used little of."""
+        if not lost:
+            return []
+        taken = {self.encoder.key(params) for params in lost}
+        fine = [row for row in self.latest if self.keys[row] not in taken]
+        x = np.vstack([self.x[fine], self.encoder.encode(lost)])
+        return [self._model("lost", x, np.repeat([1 / EXCESS_OF_LOST, EXCESS_OF_LOST], [len(fine), len(lost)]))]
+
     def _chance_valid(self, x: Array) -> Array:
         chance = np.ones(len(x))
         for model, shift in self.limits:
             mean, sd = model.predict(x)
             room = max(1.0 - shift, SMALLEST)
             chance *= ndtr((math.log(room) - mean) / sd)
-        if len(self.diverged):
+        if len(self.lost):
             width = 0.15 * math.sqrt(x.shape[1])
-            fine, lost = _nearby(x, self.rows, width), _nearby(x, self.diverged, width)
+            fine, lost = _nearby(x, self.rows, width), _nearby(x, self.lost, width)
             chance *= (fine + DOUBT) / (fine + lost + DOUBT)
         return chance
 

@@ -66,7 +66,8 @@ def run(target: Target, dry_run: DryRun = False) -> None:
         print_ledger(rundir, console.console)
         if not worked:
             console.console.print("Nothing was left to do.")
-        console.console.print(f"Release: {rundir.release_path}", markup=False)
+        if config.trial is None:
+            console.console.print(f"Release: {rundir.release_path}", markup=False)
         console.console.print(f"Report: {rundir.report_path}", markup=False)
         _exit_of_failed_trials(rundir)
 
@@ -103,12 +104,14 @@ def select(target: Target) -> None:
 @app.command()
 def train(target: Target) -> None:
     """Train the picked trials to convergence."""
+    _refuse_own_model(target, "train")
     _step(target, lambda steps: steps.train)
 
 
 @app.command()
 def evaluate(target: Target) -> None:
     """Evaluate the trained members as an ensemble on held-out groups."""
+    _refuse_own_model(target, "evaluate")
     with _opened(target) as (rundir, config, console):
         from wattier import run as steps
 
@@ -143,6 +146,7 @@ def study(
 @app.command()
 def export(target: Target) -> None:
     """Write the release folder: weights, references, hashes, model card, example."""
+    _refuse_own_model(target, "release")
     from wattier.release import export_release
 
     rundir = _existing(target)
@@ -239,6 +243,19 @@ def _step(target: Path, step: Callable[[Any], Callable[..., Any]]) -> None:
 
         with steps.launcher_for(config) as launcher:
             step(steps)(rundir, config, launcher, console)
+
+
+def _refuse_own_model(target: Path, verb: str) -> None:
+    from wattier.config import load_config
+    from wattier.errors import UserError
+    from wattier.rundir import RunDir
+
+    config = RunDir.open(target).config() if target.is_dir() else load_config(target)
+    if config.trial is not None:
+        raise UserError(
+            f"{target}: searches a model of your own ({config.trial}), which Wattier cannot {verb}. Its picks are in "
+            "selection.json and in the report; train them yourself."
+        )
 
 
 def _exit_of_failed_trials(rundir: RunDir) -> None:

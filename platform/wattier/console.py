@@ -21,8 +21,8 @@ from wattier.config import RunConfig
 from wattier.funnel import stage_end, stage_names
 from wattier.ledger import LedgerInfo, ledger_info
 from wattier.records import TrialResult
-from wattier.rundir import RunDir, read_json_lines
-from wattier.units import UNKNOWN, format_bytes, format_joules, format_ratio, format_seconds, three_digits
+from wattier.rundir import FULL_STAGE, RunDir, read_json_lines
+from wattier.units import UNKNOWN, format_bytes, format_joules, format_loss, format_ratio, format_seconds, three_digits
 from wattier.views import projection_info, selection_info
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ THROTTLED_LINE = (
     "joules and seconds are not comparable."
 )
 PLAIN_WIDTH = 150  # of tables that go to a file or a pipe
+TRAINED = "trained to"
 COLUMNS_OF_TIERS: tuple[tuple[str, JustifyMethod], ...] = (
-    ("tier", "left"), ("trial", "left"), ("val loss", "right"), ("energy", "right"), ("trained to", "right"),
+    ("tier", "left"), ("trial", "left"), ("val loss", "right"), ("energy", "right"), (TRAINED, "right"),
     ("why", "left"),
 )  # fmt: skip
 COLUMNS_OF_LEDGER: tuple[tuple[str, JustifyMethod], ...] = (
@@ -94,7 +95,7 @@ class RunConsole:
 
     def trial(self, result: TrialResult, done: int, total: int) -> None:
         """A trial ended."""
-        loss = "loss unknown" if result.val_loss is None else f"loss {result.val_loss:.4f}"
+        loss = "loss unknown" if result.val_loss is None else f"loss {format_loss(result.val_loss)}"
         energy = f"{format_joules(result.energy_joules)} ({result.energy.method or 'unknown'})"
         error = f", {result.error}" if result.error else ""
         if result.throttled:
@@ -193,7 +194,7 @@ def running_table(path: Path, ended: set[Path] | None = None) -> Table:
         table.add_row(
             f"{folder.parent.name}/{folder.name}",
             str(last.get("epoch", 0)),
-            "" if loss is None else f"{loss:.4f}",
+            _loss(loss),
             format_joules(last.get("energy_joules")),
         )
     return table
@@ -205,8 +206,10 @@ def print_tiers(run: RunDir, console: Console) -> None:
     if info is None:
         return
     table = Table(title=f"Selected trials of stage {info.selection.stage}", title_justify="left", title_style="bold")
+    is_own = run.config().trial is not None  # which nobody trains here
     for name, justify in COLUMNS_OF_TIERS:
-        table.add_column(name, justify=justify, overflow="fold")
+        if not (is_own and name == TRAINED):
+            table.add_column(name, justify=justify, overflow="fold")
     marked = False
     for row in info.rows:
         loss, joules = (row.search.val_loss, row.search.energy_joules) if row.search else (None, None)
@@ -215,14 +218,15 @@ def print_tiers(run: RunDir, console: Console) -> None:
         trained_mark = THROTTLED_MARK if row.full and row.full.throttled else ""
         marked = marked or bool(mark or trained_mark)
         energy = f"{format_joules(joules)}{mark}"
-        table.add_row(row.tier, row.trial_id, _loss(loss), energy, f"{_loss(trained)}{trained_mark}", row.reason)
+        last = () if is_own else (f"{_loss(trained)}{trained_mark}",)
+        table.add_row(row.tier, row.trial_id, _loss(loss), energy, *last, row.reason)
     console.print(table)
     if marked:
         console.print(Text(THROTTLED_LINE))
 
 
 def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else format_loss(value)
 
 
 def print_ledger(run: RunDir, console: Console) -> None:
@@ -260,8 +264,9 @@ def print_plan(info: PlanInfo, console: Console) -> None:
         trials = f"{row.trials:,}"
         table.add_row(row.phase, trials, each, format_joules(row.joules), between, hours, disk)
     console.print(table)
-    console.print(Text(f"Rests on: {info.basis}. Two trials in three should lie between the bounds."))
-    if info.total.stops and info.total.trials:
+    bounds = " Two trials in three should lie between the bounds." if info.total.joules else ""
+    console.print(Text(f"Rests on: {info.basis}.{bounds}"))
+    if info.total.stops and info.total.trials and info.total.joules:
         console.print(Text("No trial stopped early: schedulers and early stopping make it less."))
     for name, limit in (("search.budget", info.search_joules), ("full_training.budget", info.full_joules)):
         if limit is not None:
@@ -278,6 +283,12 @@ def _spent(run: RunDir, config: RunConfig) -> str:
     if budget is not None and budget.trials is not None:
         parts.append(f"{spent.trials} of {budget.trials} trials")
     return f"{', '.join(parts)} spent" if parts else "no limit"
+
+
+def _files_of(run: RunDir, config: RunConfig) -> list[tuple[str, Path]]:
+    """What a run leaves behind; of somebody else's model that is the report alone."""
+    files = [("evaluation", run.evaluation_path), ("report", run.report_path), ("release", run.release_path)]
+    return files if config.trial is None else files[1:2]
 
 
 def print_status(run: RunDir, console: Console) -> None:
@@ -299,9 +310,10 @@ def print_status(run: RunDir, console: Console) -> None:
         console.print(Text(f"  search budget: {_spent(run, config)}"))
     selection = run.selection()
     console.print(Text(f"  selection: {', '.join(selection.picked) if selection else 'not yet'}"))
-    full = run.trials("full")
-    console.print(Text(f"  full training: {len(full)}/{len(selection.picked) if selection else '?'} members"))
-    for name, path in (("evaluation", run.evaluation_path), ("report", run.report_path), ("release", run.release_path)):
+    if config.trial is None:
+        full = run.trials(FULL_STAGE)
+        console.print(Text(f"  full training: {len(full)}/{len(selection.picked) if selection else '?'} members"))
+    for name, path in _files_of(run, config):
         console.print(Text(f"  {name}: {path if path.exists() else 'not yet'}"))
     running = running_table(run.path)
     if running.row_count:

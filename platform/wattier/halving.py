@@ -54,12 +54,6 @@ class Rungs:
         rung[trial_id] = loss
         return rung
 
-    def leave(self, trial_id: str) -> None:
-        """Take a trial from all rungs; it enters none any more."""
-        self._passed[trial_id] = len(self.places)
-        for rung in self.losses.values():
-            rung.pop(trial_id, None)
-
 
 class Halving:
     """Asynchronous successive halving on the validation loss (Li et al., MLSys 2020).
@@ -71,6 +65,7 @@ class Halving:
     def __init__(self, epochs: int, reduction_factor: int | None) -> None:
         self.epochs, self.reduction_factor = epochs, reduction_factor or 0
         self._rungs = Rungs(epochs, reduction_factor)
+        self.disqualified: set[str] = set()
         self.answers: dict[tuple[str, int], bool] = {}
 
     @property
@@ -87,12 +82,14 @@ class Halving:
 
     def disqualify(self, trial_id: str) -> None:
         """A trial used more than is allowed: nobody is compared with it."""
-        self._rungs.leave(trial_id)
+        for rung in self._rungs.losses.values():
+            rung.pop(trial_id, None)
+        self.disqualified.add(trial_id)
 
     def _judge(self, trial_id: str, record: EpochRecord) -> bool:
-        if record.val_loss is None:
+        if record.val_loss is None or not math.isfinite(record.val_loss):
             return False
-        if record.epoch >= self.epochs:
+        if record.epoch >= self.epochs or trial_id in self.disqualified:
             return True
         rung = self._rungs.entered(trial_id, record.epoch, record.val_loss)
         if rung is None:
@@ -151,7 +148,7 @@ class ParetoHalving:
         if record.energy_joules is not None and 0 < record.energy_joules < math.inf and record.epoch > 0:
             self.joules[trial_id] = record.energy_joules / record.epoch * self.epochs
         if record.epoch >= self.epochs:
-            self.final[trial_id] = record.val_loss
+            self.final[trial_id] = record.val_loss  # only what reached the last epoch dominates anything
             return True
         rung = self._rungs.entered(trial_id, record.epoch, record.val_loss)
         return rung is None or not self._is_dominated(trial_id, rung)

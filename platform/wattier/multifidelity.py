@@ -24,8 +24,18 @@ N_SPREAD = 512  # candidates all over the space
 N_NEAR = 256  # candidates near the front
 N_LISTED = 2000  # a space of no more configurations is searched whole
 N_CENTRES = 12
-N_FIRST_RUNGS = 2
+SCOUTS_A_PARAMETER = 8
+SCOUTS_COST = 1.5  # full trials
 WORTH = 0.5
+
+
+def scouts(n_parameters: int, epochs: int, trials: int) -> int:
+    """How many trials of a stage are looked at for one rung only, to learn what the space is like.
+
+    Joules and much of the loss are known from the first epoch on. Eight a parameter, as long as all of them together
+    cost no more than a trial and a half, and take no more than a fifth of the stage's trials.
+    """
+    return min(SCOUTS_A_PARAMETER * n_parameters, int(SCOUTS_COST * epochs), trials // 5)
 
 
 class MultiFidelitySampler:
@@ -41,12 +51,13 @@ class MultiFidelitySampler:
     Args:
         space: parameters by name.
         seed: of the random candidates.
+        n_scouts: trials at the beginning that end at their first rung, see `scouts`.
     """
 
-    def __init__(self, space: Mapping[str, RangeParameter | ChoiceParameter], seed: int) -> None:
+    def __init__(self, space: Mapping[str, RangeParameter | ChoiceParameter], seed: int, n_scouts: int = 0) -> None:
         self.encoder = Encoder(space)
-        self.seed = seed
-        self.n_first = max(5, min(len(self.encoder.space) + 2, 10))
+        self.seed, self.n_scouts = seed, n_scouts
+        self.n_first = max(5, min(len(self.encoder.space) + 2, 10), n_scouts)
         self._kernels = Kernels()
         self._listed = self.encoder.all() if self.encoder.size(N_LISTED) is not None else None
         self._threads = ThreadpoolController()
@@ -56,30 +67,30 @@ class MultiFidelitySampler:
         observations: Sequence[Observation],
         *,
         pending: Sequence[Params] = (),
-        diverged: Sequence[Params] = (),
+        lost: Sequence[Params] = (),
         cost: CostOf | None = None,
         affordable_joules: float | None = None,
     ) -> Params | None:
-        """The next configuration to run; None when every one of a finite space has run, runs, or diverged.
+        """The next configuration to run; None when every one of a finite space has run, runs, or is lost.
 
         Args:
             observations: in the order in which they were made.
             pending: configurations that run now.
-            diverged: configurations that diverged or failed.
+            lost: configurations that diverged or failed.
             cost: projected joules of full trials, if a cost model knows.
             affordable_joules: what is left; a configuration that needs more is proposed only if all do.
         """
         # Matrices are small: threads cost more than they give (30 times more, measured on two cores).
         with self._threads.limit(limits=1, user_api="blas"):
             closed = {self.encoder.key(o.params) for o in observations if o.complete}
-            closed |= {self.encoder.key(params) for params in (*pending, *diverged)}
+            closed |= {self.encoder.key(params) for params in (*pending, *lost)}
             tried = {self.encoder.key(o.params): o.params for o in observations}
-            rng = np.random.default_rng([self.seed, len(observations), len(pending), len(diverged)])
+            rng = np.random.default_rng([self.seed, len(observations), len(pending), len(lost)])
             beliefs = None
             if len(tried) >= 3:
-                beliefs = Beliefs(self.encoder, self._kernels, observations, pending, diverged, cost)
+                beliefs = Beliefs(self.encoder, self._kernels, observations, pending, lost, cost)
             if beliefs is None or len(closed | set(tried)) < self.n_first:
-                known = [*tried.values(), *pending, *diverged]
+                known = [*tried.values(), *pending, *lost]
                 return self._spread(known, closed, rng, beliefs, cost, affordable_joules)
             return self._best(beliefs, self._candidates(observations, closed, rng), closed, rng, affordable_joules)
 
@@ -89,35 +100,35 @@ class MultiFidelitySampler:
         trial: Sequence[Observation],
         *,
         pending: Sequence[Params] = (),
-        diverged: Sequence[Params] = (),
+        lost: Sequence[Params] = (),
         cost: CostOf | None = None,
     ) -> bool:
         """Whether a running trial is worth its remaining joules: whether it promises at least half as much for a joule
         as the best trial that could be started instead.
 
-        The first trials, which say what the space is like, end at their second rung. Nothing is lost by that: a trial
-        that turns out well may be proposed again.
+        The scouts, which say what the space is like, end at their first rung. Nothing is lost by that: a trial that
+        turns out well may be proposed again.
 
         Args:
             observations: of other trials.
             trial: what this one has shown at its rungs, the latest last.
             pending: other configurations that run now.
-            diverged: configurations that diverged or failed.
+            lost: configurations that diverged or failed.
             cost: as in `suggest`.
         """
         latest = trial[-1]
         tried = {self.encoder.key(o.params) for o in (*observations, latest)}
         if len(tried) <= self.n_first:
-            return len(trial) < N_FIRST_RUNGS
+            return len(tried) > self.n_scouts
         with self._threads.limit(limits=1, user_api="blas"):
             known = [*observations, *trial]
-            rng = np.random.default_rng([self.seed, len(known), len(pending), len(diverged)])
+            rng = np.random.default_rng([self.seed, len(known), len(pending), len(lost)])
             closed = {self.encoder.key(o.params) for o in known if o.complete}
-            closed |= {self.encoder.key(params) for params in (*pending, *diverged, latest.params)}
+            closed |= {self.encoder.key(params) for params in (*pending, *lost, latest.params)}
             candidates = self._candidates(known, closed, rng)
             if not candidates:
                 return True
-            beliefs = Beliefs(self.encoder, self._kernels, known, pending, diverged, cost)
+            beliefs = Beliefs(self.encoder, self._kernels, known, pending, lost, cost)
             outlook = beliefs.outlook([latest.params, *candidates])
             beliefs.aim(outlook)
             scores = beliefs.score(outlook)

@@ -41,6 +41,8 @@ class OptunaSampler:
     It is never the study that mirrors the run for optuna-dashboard.
     """
 
+    repeats = True
+
     def __init__(self, name: str, space: Space, seed: int, n_objectives: int) -> None:
         self.name, self.n_objectives = name, n_objectives
         self.space = distributions(space)

@@ -32,7 +32,7 @@ class TrialFailedError(Exception):
 
 def reason_of(error: BaseException) -> str:
     """Type and message of an exception in one line, which says so where it is about memory."""
-    name, message = type(error).__name__, " ".join(shortened(str(error), 2 * LONGEST_REASON).split())
+    name, message = type(error).__name__, " ".join(shortened(_message_of(error), 2 * LONGEST_REASON).split())
     if isinstance(error, SystemExit):
         name, message = "SystemExit", f"the trial called sys.exit({message})"
     text = shortened(f"{name}: {message}" if message else name, LONGEST_REASON)
@@ -40,10 +40,18 @@ def reason_of(error: BaseException) -> str:
     return f"out of memory ({text})" if is_memory and "out of memory" not in text.lower() else text
 
 
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failure:  # noqa: BLE001  (its __str__ is a stranger's code)
+        return f"its message cannot be read ({type(failure).__name__})"
+
+
 def write_error(folder: Path, error: BaseException) -> str:
     """Put an exception's traceback into the trial's folder; returns the reason in one line, which is its last."""
     reason = reason_of(error)
     text = "".join(traceback.format_exception(error)).strip()
+    folder.mkdir(parents=True, exist_ok=True)  # the trial may have removed it
     (folder / ERROR_NAME).write_text(f"{shortened(text, LONGEST_ERROR)}\n\n{reason}\n", errors="replace")
     return reason
 
@@ -96,13 +104,13 @@ def checked_record(record: Any) -> EpochRecord:
         TypeError: it is no EpochRecord, or its numbers are none.
     """
     if not isinstance(record, EpochRecord):
-        raise TypeError(f"report was given {_shown(record)}, but must be given an EpochRecord")
+        raise TypeError(f"report was given {shown(record)}, but must be given an EpochRecord")
     if not _is_number(record.epoch) or record.epoch != int(record.epoch) or record.epoch < 1:
-        raise TypeError(f"epoch of an EpochRecord is {_shown(record.epoch)}, but must be 1 or more")
+        raise TypeError(f"epoch of an EpochRecord is {shown(record.epoch)}, but must be 1 or more")
     for name in ("val_loss", "train_loss", "energy_joules"):
         value = getattr(record, name)
         if value is not None and not _is_number(value, finite=False):
-            raise TypeError(f"{name} of an EpochRecord is {_shown(value)}, but must be a number or None")
+            raise TypeError(f"{name} of an EpochRecord is {shown(value)}, but must be a number or None")
     known = {name: finite_or_none(getattr(record, name)) for name in ("val_loss", "train_loss", "energy_joules")}
     return replace(record, **known)
 
@@ -115,7 +123,7 @@ def checked_return(returned: Any) -> TrialResult:
     """
     if not isinstance(returned, TrialResult):
         raise TypeError(
-            f"run_trial returned {_shown(returned)} and left no result.json, but rank 0 must return a TrialResult"
+            f"run_trial returned {shown(returned)} and left no result.json, but rank 0 must return a TrialResult"
         )
     return returned
 
@@ -135,23 +143,23 @@ def read_result(path: Path, proposal: Proposal, fidelity: Fidelity) -> TrialResu
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"result.json holds no result ({shortened(str(error), 200)})") from error
     if (result.trial_id, result.fidelity.stage) != (proposal.trial_id, fidelity.stage):
-        raise ValueError(f"result.json is of trial {_shown(result.trial_id)} of {_shown(result.fidelity.stage)}")
+        raise ValueError(f"result.json is of trial {shown(result.trial_id)} of {shown(result.fidelity.stage)}")
     return _without_nan(replace(result, params=proposal.params))
 
 
 def _check_values(result: TrialResult) -> None:
     if result.status not in STATUSES:
-        raise ValueError(f"status is {_shown(result.status)}, but must be one of {', '.join(STATUSES)}")
+        raise ValueError(f"status is {shown(result.status)}, but must be one of {', '.join(STATUSES)}")
     for name in ("epochs_done", "structures_seen", "attempts"):
         value = getattr(result, name)
         if not _is_number(value) or value != int(value) or value < 0:
-            raise ValueError(f"{name} is {_shown(value)}, but must be a whole number of 0 or more")
+            raise ValueError(f"{name} is {shown(value)}, but must be a whole number of 0 or more")
     if not _is_number(result.wall_seconds) or result.wall_seconds < 0:
-        raise ValueError(f"wall_seconds is {_shown(result.wall_seconds)}, but must be 0 or more")
+        raise ValueError(f"wall_seconds is {shown(result.wall_seconds)}, but must be 0 or more")
     if result.val_loss is not None and not _is_number(result.val_loss, finite=False):
-        raise ValueError(f"val_loss is {_shown(result.val_loss)}, but must be a number or null")
+        raise ValueError(f"val_loss is {shown(result.val_loss)}, but must be a number or null")
     if not isinstance(result.val_by_source, dict):
-        raise TypeError(f"val_by_source is {_shown(result.val_by_source)}, but must be a mapping")
+        raise TypeError(f"val_by_source is {shown(result.val_by_source)}, but must be a mapping")
 
 
 def _without_nan(result: TrialResult) -> TrialResult:
@@ -172,7 +180,8 @@ def _is_number(value: Any, *, finite: bool = True) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A stranger's value in a message."""
     try:
         return shortened(repr(value), 80)
     except Exception:  # noqa: BLE001  (its repr is a stranger's code)

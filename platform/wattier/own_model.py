@@ -25,6 +25,7 @@ import torch
 
 from wattier.errors import UserError
 from wattier.metering import metered
+from wattier.outcome import reason_of, shown
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.records import EpochRecord, Params, Status, TrialResult, finite_or_none
 from wattier.rundir import RunDir, append_json_line, write_json
@@ -44,7 +45,6 @@ class Trial:
 
     Attributes:
         params: hyper-parameters by name.
-        epochs: how many to train at this stage.
         structures: how much of the data to train on, as the stage says; None = all of it.
         seed: for initial weights and the order of the data.
         rank, ranks: this process among those of the trial; address and port are those of rank 0.
@@ -56,7 +56,7 @@ class Trial:
     def __init__(self, context: TrialContext, reported: list[EpochRecord], energy: _Energy) -> None:
         spec = context.spec
         self.params: Params = dict(spec.proposal.params)
-        self.epochs, self.structures, self.ranks = spec.fidelity.epochs, spec.fidelity.structures, context.world.size
+        self.structures, self.ranks = spec.fidelity.structures, context.world.size
         self.seed, self.rank = spec.seed, context.world.rank
         self.address, self.port = context.world.address, context.world.port
         self.folder = context.folder
@@ -65,6 +65,11 @@ class Trial:
         self.stopped = False
         self._context, self._energy = context, energy
         self._epoch_began = time.monotonic()
+
+    @property
+    def epochs(self) -> int:
+        """How many to train at this stage; not to be set, since trials of a stage must be alike."""
+        return self._context.spec.fidelity.epochs
 
     def report(  # noqa: PLR0913
         self,
@@ -87,7 +92,7 @@ class Trial:
             seconds: since the trial began, with stated joules.
 
         Raises:
-            TypeError: a figure is no number, or joules are stated that are measured.
+            TypeError: a figure is no number or is missing, or joules are stated that are measured.
             ValueError: a stated figure is negative or not finite, or the epoch is none of this stage's.
             StopTrial: it was said before that the trial is over.
         """
@@ -98,6 +103,8 @@ class Trial:
         number = (self.last.epoch + 1 if self.last else 1) if epoch is None else _count("epoch", epoch)
         if not 1 <= number <= self.epochs:
             raise ValueError(f"report: epoch is {number}, but must be 1 to {self.epochs}, the stage's epochs")
+        if structures_seen is None and "joules_per_structure" in self._context.config.search.objectives:
+            raise TypeError("report: structures_seen is not given, but the objective joules_per_structure needs it")
         joules = self._energy.now(energy_joules, seconds)
         loss = finite_or_none(_real("val_loss", val_loss))
         now = time.monotonic()
@@ -114,7 +121,11 @@ class Trial:
         )
         self._epoch_began = now
         append_json_line(self.folder / "epochs.jsonl", self.last.to_dict())
-        go_on = self._context.report(self.last) and loss is not None and number < self.epochs
+        try:
+            go_on = self._context.report(self.last) and loss is not None and number < self.epochs
+        except SystemExit:  # how Ray Tune tells a function that its scheduler stopped it
+            self.stopped = True
+            raise
         self.stopped = not go_on
         return go_on
 
@@ -140,9 +151,10 @@ class OwnTrial:
                 final = self.function(trial)
             except StopTrial:
                 final = None
-            except SystemExit as error:  # how Ray Tune tells a function that its scheduler stopped it
+            except SystemExit as error:
+                if not trial.stopped:  # the function's own sys.exit
+                    raise
                 final, stop = None, error
-                trial.stopped = True
             energy.close()
             if context.world.rank != 0:
                 return None
@@ -162,6 +174,11 @@ def own_trial_of(name: str) -> RunTrial:
         UserError: there is no such function to import.
     """
     module_name, _, qualified = name.partition(":")
+    if module_name == "__main__" or "<" in qualified:
+        raise UserError(
+            f"trial: {name!r} is known only to the script that called wattier.search. Start that script again; it goes "
+            "on from here."
+        )
     try:
         found: Any = importlib.import_module(module_name)
         for part in qualified.split("."):
@@ -171,6 +188,8 @@ def own_trial_of(name: str) -> RunTrial:
             f"trial: {name!r} cannot be imported ({error}), but must be module:function, on the path of every process. "
             "Install its package, or set PYTHONPATH."
         ) from error
+    except (Exception, SystemExit) as error:  # a module may do anything when it is imported
+        raise UserError(f"trial: the module of {name!r} fails at import ({reason_of(error)}). Mend it.") from error
     if not callable(found):
         raise UserError(f"trial: {name!r} is a {type(found).__name__}, but must be a function of one trial. Name one.")
     return OwnTrial(found)
@@ -306,15 +325,14 @@ def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: 
 def _real(name: str, value: Any) -> float:
     """A number as a float, NumPy's and torch's included."""
     try:
-        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"report: {name} is {value!r}, but must be a number") from error
-    if isinstance(value, bool | str | bytes):
-        raise TypeError(f"report: {name} is {value!r}, but must be a number")
-    return number
+        if isinstance(value, bool | str | bytes):
+            raise TypeError(f"a {type(value).__name__}")  # noqa: TRY301  (float() would take it)
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"report: {name} is {shown(value)}, but must be a number") from error
 
 
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 0:
-        raise TypeError(f"report: {name} is {value!r}, but must be a whole number, not negative")
+        raise TypeError(f"report: {name} is {shown(value)}, but must be a whole number, not negative")
     return int(value)

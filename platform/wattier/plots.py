@@ -20,6 +20,7 @@ KIND_COLOURS = {"accurate": ORANGE, "balanced": BLUE, "candidate": GREEN}
 METHOD_COLOURS = {"counter": BLUE, "integrated": SKY, "estimated": ORANGE}
 _FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 _LOG_SPAN = 10.0
+MOST_DECADES = 10
 
 _AXIS = {
     "gridcolor": FAINT,
@@ -263,8 +264,10 @@ def _log_if_wide(figure: go.Figure, axis: str, values: Sequence[float]) -> None:
     """A logarithmic axis where the values span more than a decade and none forbids it."""
     if values and min(values) > 0 and max(values) / min(values) > _LOG_SPAN:
         digits = (1, 2, 5) if max(values) / min(values) < 1e3 else (1,)
-        decades = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
-        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+        decades = range(max(low, -307), min(high, 308) + 1)  # what a float can hold
+        apart = -(-len(decades) // MOST_DECADES)  # a diverging loss may span hundreds
+        ticks = [digit * 10.0**decade for decade in decades[::apart] for digit in digits]
         update = figure.update_xaxes if axis == "x" else figure.update_yaxes
         update(type="log", tickvals=ticks, ticktext=[_short(tick) for tick in ticks])
 
@@ -272,7 +275,7 @@ def _log_if_wide(figure: go.Figure, axis: str, values: Sequence[float]) -> None:
 def _short(value: float) -> str:
     """A round number with an SI prefix."""
     scale, prefix = next((s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= 0.999 * s[0]), (1.0, ""))
-    return f"{value / scale:g}{prefix}"
+    return f"{value:.0e}" if value >= 1e12 else f"{value / scale:g}{prefix}"
 
 
 def _limits(values: Sequence[float | None]) -> tuple[float, float]:

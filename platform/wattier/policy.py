@@ -13,7 +13,7 @@ from wattier.costs import Costs, fidelity_of
 from wattier.energy_model import Projection
 from wattier.halving import Halving, ParetoHalving
 from wattier.launch import LATER, NotNow
-from wattier.multifidelity import MultiFidelitySampler, Observation
+from wattier.multifidelity import MultiFidelitySampler, Observation, scouts
 from wattier.objectives import Objectives
 from wattier.optuna_sampler import OptunaSampler
 from wattier.priors import key_of
@@ -113,7 +113,10 @@ class SearchPolicy:
         """Stop what the scheduler would not go on with; never after the last epoch."""
         if trial_id in self.trials:
             self.trials[trial_id].records[record.epoch] = record
-        return self.halving.go_on(trial_id, record) or record.epoch >= self.stage.epochs
+        goes_on = self.halving.go_on(trial_id, record)
+        if record.epoch >= self.stage.epochs:
+            return True
+        return self._is_worth(trial_id, record) if self._by_worth and record.val_loss is not None else goes_on
 
     def on_result(self, result: TrialResult) -> None:
         """Learn from how a trial ended."""
@@ -141,7 +144,9 @@ class SearchPolicy:
         opened = finished | {p.trial_id for p in self.waiting}
         # Neither another stage nor a killed process of this one has drawn from the same seed.
         seed = zlib.crc32(f"{config.seed} {self.stage.name} {len(opened)}".encode())
-        self.sampler = sampler_for(config, self.space, seed)
+        self.sampler = sampler_for(config, self.stage, self.space, seed)
+        self._by_worth = isinstance(self.sampler, Surrogate) and config.search.scheduler == "pareto"
+        self._worth: dict[tuple[str, int], bool] = {}
         self.free_ids = [i for i in map(self._trial_id, range(self.stage.trials)) if i not in opened]
         # By parameters, not by place: under another budget the stage before may go on, and promote others.
         tried = {key_of(result.params) for result in done} | {key_of(p.params) for p in self.waiting}
@@ -198,22 +203,35 @@ class SearchPolicy:
         """A suggestion that is new and fits the budget; the last one, if none does."""
         known = self._known()
         tried = {key_of(trial.params) for trial in self.trials.values()}
-        for attempt in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS if self.sampler.repeats else 1):
             params = self.sampler.suggest(trial_id, known)
             if params is None:
                 self.exhausted = True
                 return None
             proposal = Proposal(trial_id, params)
             fits = self._verdict(proposal) is Verdict.START
-            if attempt == ATTEMPTS - 1 or (fits and key_of(params) not in tried):
+            if not self.sampler.repeats or attempt == ATTEMPTS - 1 or (fits and key_of(params) not in tried):
                 return proposal
             self.sampler.drop(trial_id)
         return None
 
-    def _known(self) -> Known:
-        """All that is known now, as samplers take it."""
+    def _is_worth(self, trial_id: str, record: EpochRecord) -> bool:
+        """Whether the surrogate expects enough of a trial at a rung; asked twice, it repeats its answer."""
+        trial = self.trials.get(trial_id)
+        if trial is None or trial_id not in self.halving.rungs.get(record.epoch, {}):
+            return True
+        key = (trial_id, record.epoch)
+        if key not in self._worth:
+            seen = self._observations(trial)
+            known = self._known(without=trial_id)
+            self._worth[key] = not seen or not isinstance(self.sampler, Surrogate) or self.sampler.goes_on(known, seen)
+        return self._worth[key]
+
+    def _known(self, without: str | None = None) -> Known:
+        """All that is known now, as samplers take it; of one trial nothing."""
         observations, finished, lost = list(self.before.observations), [], list(self.before.lost)
-        for trial in self.trials.values():
+        others = [trial for trial_id, trial in self.trials.items() if trial_id != without]
+        for trial in others:
             seen = self._observations(trial)
             observations += seen
             if (end := trial.result) is not None and (end.diverged or end.status == "failed" or not seen):
@@ -224,7 +242,7 @@ class SearchPolicy:
             observations,
             self.before.points,
             finished,
-            [trial.params for trial in self.trials.values() if trial.result is None],
+            [trial.params for trial in others if trial.result is None],
             lost,
             cost := self._cost(),
             None if cost is None else self.budget.joules_left,
@@ -326,10 +344,12 @@ class FixedPolicy:
         return replace(proposal, projected_joules=due.joules, projected_seconds=due.seconds)
 
 
-def sampler_for(config: RunConfig, space: Space, seed: int) -> Sampler:
+def sampler_for(config: RunConfig, stage: StageSection, space: Space, seed: int) -> Sampler:
     """The sampler that a config names."""
     if config.search.sampler == "mf_ehvi":
-        return Surrogate(MultiFidelitySampler(space, seed))
+        stops = config.search.scheduler == "pareto" and stage.reduction_factor is not None
+        n_scouts = scouts(len(space), stage.epochs, stage.trials) if stops else 0
+        return Surrogate(MultiFidelitySampler(space, seed, n_scouts))
     return OptunaSampler(config.search.sampler, space, seed, config.search.n_objectives)
 
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ LONGEST_ROOT = 12  # characters; a Unix socket's path has at most 107, of which 
 Bundle = dict[str, float]
 
 
+@cache
+def _token() -> str:
+    """The token of this process's private clusters: Ray reads one once, whatever file is named later."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
 def cluster(resources: ResourcesSection) -> Iterator[None]:
     """Connect to Ray for the length of the block; a private cluster ends with it.
@@ -60,7 +67,7 @@ def cluster(resources: ResourcesSection) -> Iterator[None]:
         if private:
             token = folder / "token"
             token.touch(mode=0o600)
-            token.write_text(secrets.token_hex(32))
+            token.write_text(_token())
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
             options = {
                 "address": "local",

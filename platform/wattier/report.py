@@ -64,6 +64,7 @@ def _context(run: RunDir) -> dict[str, Any]:
     cleaning = _cleaning(run)
     return {
         "name": config.name,
+        "own": config.trial,
         "throttled_share": config.telemetry.throttled_share,
         "path": str(run.path),
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -75,7 +76,7 @@ def _context(run: RunDir) -> dict[str, Any]:
         "selection": selection,
         "evaluation": evaluation,
         "how_known": _how_known(ledger),
-        "sentences": _summary(trials, ledger, selection, evaluation),
+        "sentences": _summary(trials, ledger, selection, evaluation, own=config.trial is not None),
         "figures": _figures(run, ledger, evaluation),
         "cleaning": cleaning,
         "reasons": list(dict.fromkeys(r for counts in cleaning.get("removed", {}).values() for r in counts)),
@@ -109,6 +110,8 @@ def _summary(
     ledger: views.LedgerInfo,
     selection: views.SelectionInfo | None,
     evaluation: views.EvaluationInfo | None,
+    *,
+    own: bool,
 ) -> list[str]:
     """What was found, in sentences."""
     searched = [row for row in trials.rows if row.stage != FULL_STAGE]
@@ -119,8 +122,8 @@ def _summary(
     if not searched:
         sentences = ["No trial has run yet."]
     sentences.append(_energy_sentence(ledger))
-    sentences.extend(_selection_sentences(selection))
-    if evaluation is None:
+    sentences.extend(_selection_sentences(selection)[: 1 if own else None])
+    if evaluation is None and not own:
         sentences.append("No evaluation yet: errors on held-out structures are not known.")
     for source, metrics in (evaluation.sources if evaluation else {}).items():
         ratio = metrics.get("energy_mae_ratio")
@@ -156,7 +159,7 @@ def _how_known(ledger: views.LedgerInfo) -> str:
 
 def _selection_sentences(selection: views.SelectionInfo | None) -> list[str]:
     if selection is None:
-        return ["No selection yet: no trial has been chosen for full training."]
+        return ["No selection yet: no trial has been chosen."]
     record = selection.selection
     tiers = [(t.name, ", ".join(p.trial_id for p in t.picks)) for t in record.tiers if t.picks]
     picked = "; ".join(f"{name}: {ids}" for name, ids in tiers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -155,6 +156,8 @@ def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listen
     search(run, config, launcher, listener)
     select(run, config, listener)
     if config.trial is not None:  # what is chosen is trained by whoever wrote the function
+        if _is_younger([run.report_path], run):
+            return False
         write_report(run)
         return True
     train(run, config, launcher, listener)
@@ -240,8 +243,14 @@ def _is_up_to_date(run: RunDir) -> bool:
     manifest = run.release_path / MANIFEST
     if not (run.report_path.exists() and manifest.exists()):
         return False
-    made = min(run.report_path.stat().st_mtime_ns, manifest.stat().st_mtime_ns)
-    sources = [path for path in (run.trials_path, run.selection_path, run.evaluation_path) if path.exists()]
     files = read_json(manifest).get("files", {})
     whole = all((run.release_path / name).is_file() for name in files)
-    return whole and all(path.stat().st_mtime_ns <= made for path in sources)
+    return whole and _is_younger([run.report_path, manifest], run)
+
+
+def _is_younger(made: list[Path], run: RunDir) -> bool:
+    """Whether files are there, and were made after the last trial, selection and evaluation."""
+    sources = [path for path in (run.trials_path, run.selection_path, run.evaluation_path) if path.exists()]
+    if not all(path.exists() for path in made):
+        return False
+    return max(path.stat().st_mtime_ns for path in sources) <= min(path.stat().st_mtime_ns for path in made)

@@ -61,7 +61,13 @@ class Ended(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Chooses hyper-parameters. One thread calls it."""
+    """Chooses hyper-parameters. One thread calls it.
+
+    Attributes:
+        repeats: whether it may suggest what has been tried while there is something else.
+    """
+
+    repeats: bool
 
     def suggest(self, trial_id: str, known: Known) -> Params | None:
         """Hyper-parameters for a new trial; None when the space holds nothing that was not tried."""
@@ -79,6 +85,8 @@ class Sampler(Protocol):
 class Surrogate:
     """The multi-fidelity sampler: all it needs is what is known at the moment."""
 
+    repeats = False  # asked again about the same, it suggests the same
+
     def __init__(self, sampler: MultiFidelitySampler) -> None:
         self.sampler = sampler
 
@@ -87,10 +95,14 @@ class Surrogate:
         return self.sampler.suggest(
             known.observations,
             pending=known.pending,
-            diverged=known.lost,
+            lost=known.lost,
             cost=known.cost,
             affordable_joules=known.affordable_joules,
         )
+
+    def goes_on(self, known: Known, trial: Sequence[Observation]) -> bool:
+        """Whether a running trial, which `known` leaves out, is worth its remaining joules."""
+        return self.sampler.goes_on(known.observations, trial, pending=known.pending, lost=known.lost, cost=known.cost)
 
     def take(self, trial_id: str, params: Params) -> None:
         """Nothing to do: it is pending."""

@@ -28,6 +28,11 @@ def format_seconds(seconds: float | None) -> str:
     return UNKNOWN
 
 
+def format_loss(loss: float) -> str:
+    """A loss to four decimals, or to four digits where it is too small or too large for that."""
+    return f"{loss:.4f}" if loss == 0 or 1e-2 <= abs(loss) < 1e5 else f"{loss:.4g}"
+
+
 def format_bytes(size: float) -> str:
     """Bytes as B, kB, MB, GB or TB, to three digits."""
     for limit, scale, unit in ((1e3, 1.0, "B"), (1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):

@@ -208,7 +208,9 @@ def _in_present_space(params: Params, there: RunConfig | None, config: RunConfig
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What a config fixes of a model and its training."""
+    """What a config fixes of a model and its training; of somebody else's model it knows nothing."""
+    if config.trial is not None:
+        return {}
     return {name: getattr(config.model, name) for name in ModelSection.model_fields} | {
         name: getattr(config.training, name) for name in TrainingSection.model_fields
     }
@@ -218,8 +220,9 @@ def _differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Parts of two configs that make their losses or joules differ for one set of parameters."""
     searched = set(here.search.space) | set(there.search.space)
     fixed = _settings(there)
-    settings = [name for name, value in _settings(here).items() if name not in searched and value != fixed[name]]
-    parts = ["data"] if there.data != here.data else []
+    settings = [n for n, value in _settings(here).items() if n in fixed and n not in searched and value != fixed[n]]
+    parts = ["model and training"] if there.trial != here.trial else []
+    parts += ["data"] if there.data != here.data else []
     return parts + ([f"settings ({', '.join(settings)})"] if settings else [])
 
 

@@ -1,20 +1,33 @@
 """A training function of your own: searched, measured or stated, stopped, resumed, and refused as nonsense."""
 
+import functools
+import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
 
 import wattier
+from wattier import cli, plots
+from wattier.config import load_config
+from wattier.console import RunConsole
 from wattier.errors import UserError
 from wattier.own_model import OwnTrial, own_trial_of
+from wattier.report import write_report
 from wattier.rundir import RunDir, read_json_lines
+from wattier.views import learning_curves_info
 from wattier_telemetry import SourceUnavailable, bill
 
 SPACE = {"width": {"low": 8, "high": 64}, "rate": {"low": 1e-4, "high": 1e-1, "log": True}}
@@ -85,8 +98,8 @@ def test_energy_is_measured_where_it_is_not_stated(tmp_path):
 
     def work(trial):
         for epoch in range(1, trial.epochs + 1):
-            deadline = os.times().elapsed + 0.05
-            while os.times().elapsed < deadline:
+            deadline = time.perf_counter() + 0.06
+            while time.perf_counter() < deadline:
                 pass
             trial.report(1.0 / epoch)
 
@@ -145,6 +158,39 @@ def a_dict(trial):
     return {"loss": 3}
 
 
+def an_endless_number(trial):
+    trial.report(10**400)
+
+
+def leaves(trial):
+    trial.report(1.0)
+    sys.exit(0)
+
+
+def leaves_at_once(trial):
+    sys.exit("bye")
+
+
+class UnspeakableError(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+def raises_what_cannot_be_printed(trial):
+    raise UnspeakableError
+
+
+def removes_its_folder(trial):
+    trial.report(1.0)
+    shutil.rmtree(trial.folder)
+    trial.report(1.0)
+
+
+def shortens_itself(trial):
+    trial.epochs = 1
+    trial.report(1.0)
+
+
 @pytest.mark.parametrize(
     ("function", "error"),
     [
@@ -156,12 +202,96 @@ def a_dict(trial):
         (negative_joules, "report: energy_joules is -5.0, but must be finite and not negative"),
         (infinite_seconds, "report: seconds is inf"),
         (a_dict, "report: the returned loss is {'loss': 3}, but must be a number"),
+        (an_endless_number, "report: val_loss is 1000.*, but must be a number"),
+        (leaves, r"the trial called sys.exit\(0\)"),
+        (leaves_at_once, r"the trial called sys.exit\(bye\)"),
+        (raises_what_cannot_be_printed, r"UnspeakableError: its message cannot be read \(ValueError\)"),
+        (removes_its_folder, "FileNotFoundError"),
+        (shortens_itself, "AttributeError: property 'epochs'"),
     ],
 )
 def test_nonsense_is_a_failed_trial_that_says_why(tmp_path, function, error):
     trial = one(tmp_path / "run", function)
     assert trial.status == "failed"
     assert re.search(error, trial.error), trial.error
+
+
+def test_numbers_of_other_libraries_are_numbers(tmp_path):
+    losses = [np.float32(0.5), torch.tensor(0.5, requires_grad=True), np.array(0.5)]
+
+    def work(trial):
+        for loss in losses:
+            trial.report(loss)
+
+    trial = one(tmp_path / "run", work)
+    assert (trial.status, trial.val_loss) == ("complete", 0.5), trial.error
+
+
+def test_joules_a_structure_need_structures(tmp_path):
+    trial = one(tmp_path / "run", a_table_of_three, objectives=("val_loss", "joules_per_structure"))
+    assert "structures_seen is not given, but the objective joules_per_structure needs it" in trial.error
+
+
+def a_table_of_three(trial):
+    return 0.5
+
+
+class TestFunctionsOfAnyKind:
+    """What Python lets be called may be a trial."""
+
+    class Scaled:
+        def __init__(self, loss):
+            self.loss = loss
+
+        def __call__(self, trial):
+            return self.loss
+
+        def method(self, trial):
+            return self.loss
+
+    def größe_des_modells(self):
+        return 0.5
+
+    @pytest.mark.parametrize(
+        ("function", "name"),
+        [
+            (Scaled(0.5), "Scaled"),
+            (Scaled(0.5).method, "method"),
+            (functools.partial(lambda loss, _: loss, 0.5), "partial"),
+            (lambda _: 0.5, "lambda"),
+            (größe_des_modells, "gre_des_modells"),
+        ],
+    )
+    def test_it_runs_under_a_name(self, tmp_path, function, name):
+        assert one(tmp_path / "run", function).val_loss == 0.5
+        assert RunDir(tmp_path / "run").config().name == name
+
+    @pytest.mark.parametrize("function", [None, "module:function", 3])
+    def test_what_cannot_be_called_is_refused(self, tmp_path, function):
+        with pytest.raises(UserError, match="but must be a function of one trial"):
+            search(tmp_path / "run", function)
+        assert not (tmp_path / "run").exists()
+
+
+def test_numpy_may_describe_a_search(tmp_path):
+    space = {
+        "width": {"choices": np.array([8, 16])},
+        "rate": {"low": np.float64(0.1), "high": 0.2},
+        "n": {"choices": range(3)},
+    }
+    seen = []
+
+    def work(trial):
+        seen.append(trial.params)
+        return 0.5
+
+    stages = [{"name": "only", "trials": np.int64(3), "epochs": 1, "reduction_factor": None}]
+    wattier.search(
+        space, work, stages, "val_loss", {"trials": np.int64(9)}, run_dir=tmp_path / "run", launcher="inline",
+        telemetry=STATED, sampler="random", quiet=True, seed=np.int64(3),
+    )  # fmt: skip
+    assert len(seen) == 3
+    assert all(type(params["width"]) is int and type(params["n"]) is int for params in seen)
 
 
 def test_joules_are_not_stated_where_they_are_measured(tmp_path):
@@ -269,6 +399,8 @@ def test_a_constraint_keeps_trials_off_the_front(tmp_path):
         ({"budget": {"joules": -1.0}}, "search.budget.joules: is -1, but must be above 0"),
         ({"constraints": {"memory": 3.0}}, "unknown key 'memory'"),
         ({"telemetry": {"source": "magic"}}, "magic"),
+        ({"budget": 3}, "search.budget: is 3, but should be a mapping"),
+        ({"samplr": "tpe"}, "unknown key 'samplr'. Did you mean 'sampler'?"),
     ],
 )
 def test_wrong_settings_are_one_line_and_start_nothing(tmp_path, settings, what):
@@ -299,9 +431,18 @@ class TestByName:
             ("no_such_module_here:train", "cannot be imported"),
             ("math:no_such_function", "cannot be imported"),
             ("math:pi", "is a float, but must be a function"),
+            ("__main__:run_trial", "known only to the script that called wattier.search"),
+            ("mine:search.<locals>.run_trial", "Start that script again"),
+            ("own_syntax:f", r"fails at import \(SyntaxError"),
+            ("own_exit:f", r"fails at import \(SystemExit"),
+            ("own_raise:f", r"fails at import \(RuntimeError: at import\)"),
         ],
     )
-    def test_what_cannot_be_called_is_refused(self, name, what):
+    def test_what_cannot_be_called_is_refused(self, name, what, monkeypatch, tmp_path):
+        (tmp_path / "own_syntax.py").write_text("def f(trial:\n")
+        (tmp_path / "own_exit.py").write_text("import sys\nsys.exit(5)\n")
+        (tmp_path / "own_raise.py").write_text("raise RuntimeError('at import')\n")
+        monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(UserError, match=what):
             own_trial_of(name)
 
@@ -327,3 +468,81 @@ class TestByName:
         assert "only 6/6" in done.stdout
         assert (tmp_path / "run" / "report.html").exists()
         assert json.loads((tmp_path / "run" / "selection.json").read_text())["stage"] == "only"
+        assert "Release" not in done.stdout
+        again = CliRunner().invoke(cli.app, ["run", str(tmp_path / "run")])
+        assert "Nothing was left to do" in again.output
+        status = CliRunner().invoke(cli.app, ["status", str(tmp_path / "run")]).output
+        assert not re.search("full training|evaluation|release|trained to", status)
+        for verb in ("train", "evaluate", "export"):
+            with pytest.raises(UserError, match="searches a model of your own"):
+                CliRunner().invoke(cli.app, [verb, str(tmp_path / "run")], catch_exceptions=False)
+
+    @pytest.mark.parametrize(
+        "section", ["data: {sources: {ani1x: sample}}", "model: {hidden_dim: 8}", "full_training: {epochs: 5}"]
+    )
+    def test_a_setting_that_it_would_not_see_is_refused(self, tmp_path, section):
+        (tmp_path / "own.yaml").write_text(
+            f"name: own\nrun_dir: {tmp_path / 'run'}\ntrial: math:sqrt\n{section}\n"
+            "search: {space: {x: {low: 0.0, high: 1.0}}, stages: [{name: only, trials: 1, epochs: 1}]}\n"
+        )
+        with pytest.raises(UserError, match="is given, which is for Wattier's own models"):
+            load_config(tmp_path / "own.yaml")
+
+
+def test_the_report_tells_of_nothing_that_a_model_of_your_own_lacks(tmp_path):
+    found = search(tmp_path / "run")
+    run = RunDir(found.run_dir)
+    text = write_report(run).read_text(encoding="utf-8")
+    page = re.sub(r"<(script|style|pre)\b.*?</\1>", "", text, flags=re.DOTALL)
+    assert "wattier select" in page
+    assert "Trials" in page
+    for words in ("Evaluation", "Calibration", "full training", "Full training", "cleaned", ">Parameters<"):
+        assert words not in page
+
+
+@pytest.mark.parametrize(
+    ("joules", "words"),
+    [(0.0, "2 energy unknown: its meter counted 0 J"), (None, "2 energy unknown: nothing could be measured")],
+)
+def test_an_empty_front_says_why(tmp_path, capsys, joules, words):
+    def work(trial):
+        trial.report(0.5, energy_joules=joules)
+
+    stages = [{"name": "only", "trials": 2, "epochs": 1, "reduction_factor": None}]
+    assert search(tmp_path / "both", work, stages=stages, quiet=False).front == []
+    assert f"warning: no trial is on the front: {words}" in capsys.readouterr().out
+    assert search(tmp_path / "loss", work, stages=stages, quiet=False, objectives="val_loss").front
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_warm_start_takes_no_setting_of_wattiers_models_for_a_parameter(tmp_path):
+    stages = [{"name": "only", "trials": 3, "epochs": 1, "reduction_factor": None}]
+    settings = {"launcher": "inline", "telemetry": STATED, "sampler": "random", "quiet": True}
+    narrow = {"x": {"low": 0.0, "high": 1.0}}
+    wide = narrow | {"hidden_dim": {"low": 8, "high": 64}}
+    wattier.search(narrow, lambda _: 0.5, stages, run_dir=tmp_path / "old", **settings)
+    warm = [str(tmp_path / "old")]
+    wattier.search(wide, table_free, stages, run_dir=tmp_path / "new", warm_start=warm, **settings)
+    (source,) = json.loads((tmp_path / "new" / "warm_start.json").read_text())["sources"]
+    assert source["left_out"] == {"without hidden_dim": 3}  # 64 is what Wattier's models have, not this one
+    assert source["notes"] == ["its model and training differ from this run's"]
+
+
+def table_free(trial):
+    return 0.25
+
+
+def test_losses_of_any_size_can_be_read(tmp_path):
+    losses = iter([1e300, 1.7e308, 2e-9, 0.5])
+    stages = [{"name": "only", "trials": 4, "epochs": 1, "reduction_factor": None}]
+    found = search(tmp_path / "run", lambda _: next(losses), stages=stages, sampler="random")
+    run, screen = RunDir(found.run_dir), Console(file=io.StringIO(), width=200)
+    console = RunConsole(run, screen)
+    for trial in found.trials:
+        console.trial(trial, 1, 4)
+    shown = screen.file.getvalue()
+    for loss in ("loss 1e+300,", "loss 1.7e+308,", "loss 2e-09,", "loss 0.5000,"):
+        assert loss in shown
+    figure = plots.learning_curves_figure(learning_curves_info(run))
+    assert len(figure.layout.yaxis.tickvals) <= plots.MOST_DECADES + 1
+    write_report(run)

@@ -112,6 +112,27 @@ class TestWhatCameToNothing:
         assert [point.params["width"] for point in before.points] == [4.0]
 
 
+def test_a_region_where_trials_are_lost_is_soon_left_alone():
+    """The largest models are the best, and do not fit: 30 trials learn where that begins, at 1 or 2 trials' cost."""
+    space = typed_space(
+        config_of("/nowhere", space={"width": {"low": 1.0, "high": 8.0}, "depth": {"low": 1, "high": 6}})
+    )
+    lost_in_all = 0
+    for seed in range(3):
+        sampler, seen, lost = MultiFidelitySampler(space, seed), [], []
+        for _ in range(30):
+            params = sampler.suggest(seen, lost=lost)
+            size = params["width"] * params["depth"]
+            loss = 1 / params["width"] + 0.3 / params["depth"]
+            if size > 20:
+                lost.append(params)
+            else:
+                seen.append(Observation(params, 1.0, loss, size, {}, True))
+        assert min(o.loss for o in seen) < 0.4
+        lost_in_all += len(lost)
+    assert lost_in_all <= 9  # a third of the space is lost: 30 of 90
+
+
 def test_joules_of_a_longer_trial_elsewhere_are_those_of_a_shorter_one_here(tmp_path):
     """80 J for 8 epochs are 10 J for one, though no fidelity is above this stage's."""
     stages = [{"name": "scout", "trials": 3, "epochs": 1, "structures": 100}]
