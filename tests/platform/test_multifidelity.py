@@ -106,7 +106,7 @@ def test_what_runs_is_not_proposed_again() -> None:
     space = {"a": ChoiceParameter(choices=[1, 2, 3])}
     sampler = MultiFidelitySampler(space, 0)
     assert sampler.suggest([seen({"a": 1}, 1.0)], pending=[{"a": 2}]) == {"a": 3}
-    assert sampler.suggest([seen({"a": 1}, 1.0)], pending=[{"a": 2}], diverged=[{"a": 3}]) is None
+    assert sampler.suggest([seen({"a": 1}, 1.0)], pending=[{"a": 2}], lost=[{"a": 3}]) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_it_stays_away_from_what_diverges_and_from_limits() -> None:
     plain = [seen({"a": a}, 1 + a, None) for a in np.linspace(0.55, 1, 8).tolist()]
     lost = [{"a": a} for a in np.linspace(0.05, 0.45, 30).tolist()]
     low = MultiFidelitySampler(space, 0).suggest(plain)
-    high = MultiFidelitySampler(space, 0).suggest(plain, diverged=lost)
+    high = MultiFidelitySampler(space, 0).suggest(plain, lost=lost)
     limited = [seen({"a": a}, 1 + a, None, memory=1.5 - a) for a in np.linspace(0.0, 1, 11).tolist()]
     allowed = MultiFidelitySampler(space, 0).suggest(limited)
     assert low is not None and high is not None and allowed is not None
