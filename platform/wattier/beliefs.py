@@ -25,6 +25,7 @@ FLOORS = (0.0, 0.3, 3.0)  # candidates for `Scale.floor`
 MARGIN = 0.1  # of the range of each objective, beyond the worst that was seen: as `select.compare` does
 OPTIMISM = 1.0  # standard deviations of the loss by which a candidate may turn out better, see `Beliefs.aim`
 EXCESS_OF_LOST = 2.0  # times what is allowed
+DOUBT = 0.2  # trials that were not lost, believed of a place where nobody was
 SMALLEST = 1e-300
 
 
@@ -165,6 +166,7 @@ class Beliefs:
             self.loss = GaussianProcess(x, at, np.append(logs, means), encoder.groups, kernel)
         self._set_front(observations, believed)
         self.limits = [*self._limit_models(observations), *self._lost_model(lost)]
+        self.lost = encoder.encode(lost)
 
     def outlook(self, candidates: Sequence[Params]) -> Outlook:
         """What is believed of candidates: the part that takes time."""
@@ -278,7 +280,17 @@ class Beliefs:
             mean, sd = model.predict(x)
             room = max(1.0 - shift, SMALLEST)
             chance *= ndtr((math.log(room) - mean) / sd)
+        if len(self.lost):
+            width = 0.15 * math.sqrt(x.shape[1])
+            fine, lost = _nearby(x, self.rows, width), _nearby(x, self.lost, width)
+            chance *= (fine + DOUBT) / (fine + lost + DOUBT)
         return chance
+
+
+def _nearby(x: Array, centres: Array, width: float) -> Array:
+    """Number of centres around each row, softly counted."""
+    squared = ((x[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
+    return np.asarray(np.exp(-0.5 * squared / width**2).sum(axis=1))
 
 
 def non_dominated(points: Array) -> Array:
