@@ -113,14 +113,14 @@ class TestWhatCameToNothing:
 
 
 def test_a_region_where_trials_are_lost_is_soon_left_alone():
-    """The largest models are the best, and do not fit: 30 trials learn where that begins."""
+    """The largest models are the best, and do not fit: fewer are lost than where nobody learns, 27 of 80."""
     space = typed_space(
         config_of("/nowhere", space={"width": {"low": 1.0, "high": 8.0}, "depth": {"low": 1, "high": 6}})
     )
     lost_in_all = 0
-    for seed in range(3):
+    for seed in range(4):
         sampler, seen, lost = MultiFidelitySampler(space, seed), [], []
-        for _ in range(30):
+        for _ in range(20):
             params = sampler.suggest(seen, lost=lost)
             size = params["width"] * params["depth"]
             loss = 1 / params["width"] + 0.3 / params["depth"]
@@ -130,7 +130,7 @@ def test_a_region_where_trials_are_lost_is_soon_left_alone():
                 seen.append(Observation(params, 1.0, loss, size, {}, True))
         assert min(o.loss for o in seen) < 0.4
         lost_in_all += len(lost)
-    assert lost_in_all <= 24  # by chance 28 of 90 are lost, and the best are beside them
+    assert lost_in_all <= 16
 
 
 def test_joules_of_a_longer_trial_elsewhere_are_those_of_a_shorter_one_here(tmp_path):
@@ -291,10 +291,16 @@ class TestBudget:
             def run(self, stage, policy, run_trial, on_result):
                 assert policy.propose() is None
 
-        config = config_of(tmp_path / "run")
-        full = config.full_training.model_copy(update={"budget": BudgetSection(trials=0)})
+        config = RunConfig.model_validate(
+            {
+                "name": "demo",
+                "run_dir": str(tmp_path / "run"),
+                "data": {"sources": {"ani1x": "sample"}},
+                "search": {"space": {"hidden_dim": {"low": 8, "high": 16}}, "stages": [{"name": "only", "trials": 3}]},
+                "full_training": {"budget": {"trials": 0}},
+            }
+        )
         run = RunDir.create(config)
-        config = config.model_copy(update={"full_training": full})
         for number in range(3):
             append_json_line(run.trials_path, row(f"only-00{number}", 1.0 + number, loss=0.5 - 0.1 * number).to_dict())
         selection = select_trials(run.trials(), config.select, stage="only", project=lambda _: None)
