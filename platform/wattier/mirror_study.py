@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
 
 
 def wanted_of_result(result: TrialResult, space: Mapping[str, BaseDistribution]) -> Wanted:
-    """A trial that ended: COMPLETE only if it finished its stage, with a loss and joules that can be compared.
+    """A trial that ended: COMPLETE only if it finished its stage, with a loss and joules that are known.
 
     One that was stopped or diverged is PRUNED; one that failed, was interrupted, or has no joules is FAIL. Its figures
     are attributes, whatever its state, since Optuna keeps values of COMPLETE trials only; unknown ones are left out.
@@ -46,7 +46,13 @@ def wanted_of_result(result: TrialResult, space: Mapping[str, BaseDistribution])
     status = "diverged" if result.diverged else result.status
     state, values = TrialState.FAIL, None
     loss, joules = result.val_loss, result.energy_joules
-    if status == "complete" and loss is not None and math.isfinite(loss) and joules and math.isfinite(joules):
+    if (
+        status == "complete"
+        and loss is not None
+        and math.isfinite(loss)
+        and joules is not None
+        and math.isfinite(joules)
+    ):
         state, values = TrialState.COMPLETE, (loss, joules)
     elif status in ("pruned", "diverged"):
         state = TrialState.PRUNED

@@ -176,7 +176,7 @@ def expected(rows, opened, *, running):
     for key, row in rows.items():
         if row["diverged"] or row["status"] == "pruned":
             states[key] = TrialState.PRUNED
-        elif row["status"] == "complete" and row["val_loss"] is not None and row["joules"]:
+        elif row["status"] == "complete" and row["val_loss"] is not None and row["joules"] is not None:
             states[key] = TrialState.COMPLETE
         else:
             states[key] = TrialState.FAIL
