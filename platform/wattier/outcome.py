@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from wattier.trial_output import OUT_OF_MEMORY_NOTE
 
 ERROR_NAME = "error.txt"
 LONGEST_REASON = 500  # characters of a row
+LAST_WORDS_SECONDS = 2.0
 LONGEST_ERROR = 64 * 1024  # characters of an error.txt
 LONGEST_RESULT = 16 * 1024 * 1024  # bytes of a result.json
 DIVERGED = "the validation loss is not finite"
@@ -75,13 +77,17 @@ def reason_of_death(output: Path, message: str = "") -> str:
         return "its node was lost"
     if RAY_MEMORY in message:
         return "out of memory: Ray's memory monitor killed its process"
-    printed = _end_of(output)
-    if OUT_OF_MEMORY_NOTE in printed:
-        return "out of memory: the kernel killed its process"
-    crash = re.search(r"Fatal Python error: ([^\n]{1,100})", printed)
-    if crash:
-        return f"its process crashed ({crash[1].strip()}); see {output.name}"
-    return "its process was killed (SIGKILL), most likely for memory"
+    deadline = time.monotonic() + LAST_WORDS_SECONDS  # what it printed last is written by another process
+    while True:
+        printed = _end_of(output)
+        if OUT_OF_MEMORY_NOTE in printed:
+            return "out of memory: the kernel killed its process"
+        crash = re.search(r"Fatal Python error: ([^\n]{1,100})", printed)
+        if crash:
+            return f"its process crashed ({crash[1].strip()}); see {output.name}"
+        if time.monotonic() > deadline:
+            return "its process was killed (SIGKILL), most likely for memory"
+        time.sleep(0.1)
 
 
 def _end_of(path: Path) -> str:
