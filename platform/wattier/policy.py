@@ -22,6 +22,7 @@ from wattier.rundir import RunDir, decode, read_json
 from wattier.sampler import Cost, Ended, Known, Point, Sampler, Surrogate
 from wattier.space import Space, random_points, typed_space
 
+ENOUGH_TO_JUDGE = 20  # trials of a stage, for the surrogate to say which are worth their rest
 ATTEMPTS = 5  # suggestions that are looked at before a trial is given up as too dear, or a repetition accepted
 
 
@@ -78,7 +79,6 @@ class SearchPolicy:
         self.trials: dict[str, _Trial] = {}
         self.active: set[str] = set()
         self.held: Proposal | None = None  # suggested, and waiting for the budget
-        self.exhausted = False
         self._take_up(config, promoted)
 
     def propose(self) -> Proposal | NotNow | None:
@@ -145,7 +145,8 @@ class SearchPolicy:
         # Neither another stage nor a killed process of this one has drawn from the same seed.
         seed = zlib.crc32(f"{config.seed} {self.stage.name} {len(opened)}".encode())
         self.sampler = sampler_for(config, self.stage, self.space, seed)
-        self._by_worth = isinstance(self.sampler, Surrogate) and config.search.scheduler == "pareto"
+        by_pareto = config.search.scheduler == "pareto"
+        self._by_worth = by_pareto and isinstance(self.sampler, Surrogate) and self.stage.trials >= ENOUGH_TO_JUDGE
         self._worth: dict[tuple[str, int], bool] = {}
         self.free_ids = [i for i in map(self._trial_id, range(self.stage.trials)) if i not in opened]
         # By parameters, not by place: under another budget the stage before may go on, and promote others.
@@ -206,7 +207,6 @@ class SearchPolicy:
         for attempt in range(ATTEMPTS if self.sampler.repeats else 1):
             params = self.sampler.suggest(trial_id, known)
             if params is None:
-                self.exhausted = True
                 return None
             proposal = Proposal(trial_id, params)
             fits = self._verdict(proposal) is Verdict.START
@@ -347,7 +347,7 @@ class FixedPolicy:
 def sampler_for(config: RunConfig, stage: StageSection, space: Space, seed: int) -> Sampler:
     """The sampler that a config names."""
     if config.search.sampler == "mf_ehvi":
-        stops = config.search.scheduler == "pareto" and stage.reduction_factor is not None
+        stops = config.search.scheduler == "pareto" and stage.trials >= ENOUGH_TO_JUDGE and bool(stage.reduction_factor)
         n_scouts = scouts(len(space), stage.epochs, stage.trials) if stops else 0
         return Surrogate(MultiFidelitySampler(space, seed, n_scouts))
     return OptunaSampler(config.search.sampler, space, seed, config.search.n_objectives)

@@ -128,11 +128,12 @@ def train(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener
     """Train the picked trials to convergence."""
     selection = run.selection()
     totals = {FULL_STAGE: len(selection.picked) if selection else 0}
-    if selection and untrained(run, selection):
-        listener.phase("full training")
+    tell = _teller(run, totals, listener)
+    if selection is None or not untrained(run, selection):
+        return trained_members(run)
+    listener.phase("full training")
     costs = costs_of(run, config, Store(run.store_path))
     with closing(Mirror(run, config)) as mirror:
-        tell = _teller(run, totals, listener)
         members = train_members(run, config, launcher, run_trial, tell, costs, mirror)
     if missing := totals[FULL_STAGE] - len(members):
         listener.say(f"warning: {missing} of {totals[FULL_STAGE]} picks failed to train and are no members; see above")
