@@ -24,7 +24,7 @@ SMALL = {
     "search": {
         "space": {"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}},
         "stages": [
-            {"name": "wide", "trials": 4, "structures": 200, "epochs": 12, "reduction_factor": None},
+            {"name": "wide", "trials": 4, "structures": 200, "epochs": 30, "reduction_factor": None},
             {"name": "deep", "trials": 1, "structures": 200, "epochs": 2, "ranks": 2, "promote": 1,
              "reduction_factor": None},
         ],

@@ -58,14 +58,16 @@ def write_config(values: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+TOO_EARLY = "No available agent to submit job"  # Ray's word while a busy head starts
+
+
 def run_funnel(nodes: RayNodes, config: Path, *, kill_node: bool) -> Outcome:
     """Submit a run whose config `write_config` made; with kill_node, node 1 dies as soon as work would be lost."""
     run, witness = RunDir(config.parent / "run"), config.parent / "witness"
     witness.mkdir(exist_ok=True)
     began = time.monotonic()
-    job = nodes.submit(
-        "python", str(HERE / "observed.py"), "run", str(config), env={"WITNESS_FOLDER": str(witness)}
-    )  # fmt: skip
+    command = "python", str(HERE / "observed.py"), "run", str(config)
+    job = nodes.submit(*command, env={"WITNESS_FOLDER": str(witness)})
     killed_after = None
     try:
         if kill_node and _wait_for(lambda: _work_would_be_lost(nodes, run), job):
@@ -75,6 +77,9 @@ def run_funnel(nodes: RayNodes, config: Path, *, kill_node: bool) -> Outcome:
     finally:
         job.kill()
         job.wait()
+    if job.returncode and TOO_EARLY in log:
+        time.sleep(3)
+        return run_funnel(nodes, config, kill_node=kill_node)
     return _looked_at(Outcome(job.returncode, log, time.monotonic() - began, run, killed_after=killed_after), witness)
 
 
