@@ -90,6 +90,11 @@ class EnergyModel:
         self._fits: dict[str, _Fit] = {}
         self.ignored: Counter[str] = Counter()
 
+    @property
+    def knows_the_work(self) -> bool:
+        """Whether it rests on the work of a trial, not on hyper-parameters alone."""
+        return self._workload is not None
+
     def observe(  # noqa: PLR0913
         self,
         params: Params,

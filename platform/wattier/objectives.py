@@ -41,6 +41,11 @@ class Objectives:
         """How many values a trial has."""
         return 1 if self.weights is not None else len(self.names)
 
+    @property
+    def second(self) -> Objective | None:
+        """What is compared beside the loss; None = nothing is."""
+        return self.names[1] if self.count > 1 else None
+
     def of_result(self, result: TrialResult) -> tuple[float, ...] | None:
         """The values of a finished trial; None where one of them is not known."""
         return self.values(result.params, result.val_loss, result.energy_joules, result.structures_seen)

@@ -245,13 +245,15 @@ class SearchPolicy:
             [trial.params for trial in others if trial.result is None],
             lost,
             cost := self._cost(),
-            None if cost is None else self.budget.joules_left,
+            self.budget.joules_left if cost is not None or self.objectives.second == "energy_joules" else None,
         )
 
     def _cost(self) -> Cost | None:
-        """Joules of a full trial of this stage, as far as somebody can say."""
+        """Joules of a full trial of this stage, where physics says them; else the sampler learns them itself."""
         costs, fidelity = self.costs, self.fidelity
-        if costs is None or costs.joules(random_points(self.space, 1, 0), fidelity) is None:
+        if costs is None or not costs.model.knows_the_work:
+            return None
+        if costs.joules(random_points(self.space, 1, 0), fidelity) is None:
             return None
         return lambda many: costs.model.joules(many, fidelity)
 
