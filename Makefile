@@ -43,7 +43,7 @@ bench: setup-bench ## side-by-side timings; they gate nothing
 	$(BIN)/python tests/bench_telemetry.py
 	$(BIN)/python tests/bench_energy_model.py
 	$(BIN)/python tests/bench_scale.py
-	$(BIN)/python tests/bench_search.py
+	$(BIN)/python tests/bench_search.py --cache .bench-search # an hour or so; what has run is kept
 
 clean: ## remove what the other targets made, but no run
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
