@@ -79,22 +79,13 @@ def search(  # noqa: PLR0913
     Raises:
         UserError: a setting is wrong, the budget does not pay for one trial, or `run_dir` holds another search.
     """
-    if not callable(run_trial):
-        raise UserError(f"wattier.search: run_trial is {shown(run_trial)}, but must be a function of one trial.")
-    module, name = run_trial.__module__, getattr(run_trial, "__qualname__", type(run_trial).__qualname__)
-    values = {
-        "name": _NO_NAME.sub("", name.rpartition(".")[2])[:60] or "search",
-        "run_dir": str(run_dir) if isinstance(run_dir, Path) else run_dir,
+    search = {"space": space, "stages": stages, "objectives": objectives, "budget": budget, **settings}
+    machine = {"resources": resources, "telemetry": telemetry}
+    values = _values(run_trial, search, machine) | {
+        "run_dir": _path(run_dir),
         "seed": _plain(seed),
         "launcher": launcher,
-        "trial": f"{module}:{name}",
-        "search": {
-            "space": _plain(space), "stages": _plain(stages), "budget": _plain(budget), **_plain(settings),
-            "objectives": [objectives] if isinstance(objectives, str) else _plain(objectives),
-        },
-        "resources": {} if resources is None else _plain(resources),
-        "telemetry": {} if telemetry is None else _plain(telemetry),
-    }  # fmt: skip
+    }
     config = checked(RunConfig, values, Path("wattier.search"))
     run = RunDir.create(config)
     from wattier.run import launcher_for, run_funnel
@@ -106,6 +97,28 @@ def search(  # noqa: PLR0913
             console.say(f"warning: no trial is on the front: {_why_none(run, config)}")
     spent = Budget(config.search.budget, run, stage_names(config)).spent()
     return Found(front, run.trials(), spent, run.path)
+
+
+def _values(run_trial: Any, search: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of a function and how it is searched.
+
+    Raises:
+        UserError: it is no function.
+    """
+    if not callable(run_trial):
+        raise UserError(f"wattier.search: run_trial is {shown(run_trial)}, but must be a function of one trial.")
+    module, name = run_trial.__module__, getattr(run_trial, "__qualname__", type(run_trial).__qualname__)
+    objectives = search["objectives"]
+    return {
+        "name": _NO_NAME.sub("", name.rpartition(".")[2])[:60] or "search",
+        "trial": f"{module}:{name}",
+        "search": _plain({**search, "objectives": [objectives] if isinstance(objectives, str) else objectives}),
+        **{section: {} if values is None else _plain(values) for section, values in machine.items()},
+    }
+
+
+def _path(run_dir: Any) -> Any:
+    return str(run_dir) if isinstance(run_dir, Path) else run_dir
 
 
 def _why_none(run: RunDir, config: RunConfig) -> str:

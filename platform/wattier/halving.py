@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
@@ -55,15 +56,17 @@ class Rungs:
         return rung
 
 
-class Halving:
-    """Asynchronous successive halving on the validation loss (Li et al., MLSys 2020).
+class RungScheduler(ABC):
+    """Judges trials at rungs; asked twice about one epoch, it repeats its answer.
 
-    Rungs stand at epochs 1, r, r^2 ... below the last; a trial goes on past a rung while it is among the best 1/r of
-    those that reached it. Asked twice about one epoch, it repeats its answer.
+    Attributes:
+        epochs: of a whole trial.
+        disqualified: trials that used more than is allowed.
+        answers: by trial and epoch.
     """
 
     def __init__(self, epochs: int, reduction_factor: int | None) -> None:
-        self.epochs, self.reduction_factor = epochs, reduction_factor or 0
+        self.epochs = epochs
         self._rungs = Rungs(epochs, reduction_factor)
         self.disqualified: set[str] = set()
         self.answers: dict[tuple[str, int], bool] = {}
@@ -74,11 +77,31 @@ class Halving:
         return self._rungs.losses
 
     def go_on(self, trial_id: str, record: EpochRecord) -> bool:
-        """Whether a trial is worth its next epoch."""
+        """Whether a trial is worth its next epoch; a diverged one is not."""
         key = (trial_id, record.epoch)
         if key not in self.answers:
             self.answers[key] = self._judge(trial_id, record)
         return self.answers[key]
+
+    @abstractmethod
+    def disqualify(self, trial_id: str) -> None:
+        """A trial used more than is allowed: it is no reason to stop others."""
+
+    @abstractmethod
+    def _judge(self, trial_id: str, record: EpochRecord) -> bool:
+        """The answer, when it is asked for the first time."""
+
+
+class Halving(RungScheduler):
+    """Asynchronous successive halving on the validation loss (Li et al., MLSys 2020).
+
+    Rungs stand at epochs 1, r, r^2 ... below the last; a trial goes on past a rung while it is among the best 1/r of
+    those that reached it. Asked twice about one epoch, it repeats its answer.
+    """
+
+    def __init__(self, epochs: int, reduction_factor: int | None) -> None:
+        super().__init__(epochs, reduction_factor)
+        self.reduction_factor = reduction_factor or 0
 
     def disqualify(self, trial_id: str) -> None:
         """A trial used more than is allowed: nobody is compared with it."""
@@ -105,7 +128,7 @@ PRIOR_SPREAD = 0.5  # ... that spread, in spreads of the losses at the rung
 PRIOR_SD = np.array([3.0, 0.5, 0.4])  # of the regression's offset, of its slopes over rung loss and log joules
 
 
-class ParetoHalving:
+class ParetoHalving(RungScheduler):
     """Stops a trial that is dominated with confidence in loss and joules.
 
     At each rung (epochs 1, r, r^2 ...) a trial is compared with finished trials that cost no more: their joules and its
@@ -119,24 +142,9 @@ class ParetoHalving:
     """
 
     def __init__(self, epochs: int, reduction_factor: int | None) -> None:
-        self.epochs = epochs
-        self._rungs = Rungs(epochs, reduction_factor)
+        super().__init__(epochs, reduction_factor)
         self.joules: dict[str, float] = {}
         self.final: dict[str, float] = {}
-        self.disqualified: set[str] = set()
-        self.answers: dict[tuple[str, int], bool] = {}
-
-    @property
-    def rungs(self) -> Mapping[int, Mapping[str, float]]:
-        """Losses of the trials that were compared, by epoch."""
-        return self._rungs.losses
-
-    def go_on(self, trial_id: str, record: EpochRecord) -> bool:
-        """Whether a trial is worth its next epoch; a diverged one is not, one without joules is judged by its loss."""
-        key = (trial_id, record.epoch)
-        if key not in self.answers:
-            self.answers[key] = self._judge(trial_id, record)
-        return self.answers[key]
 
     def disqualify(self, trial_id: str) -> None:
         """A trial used more than is allowed: it still shows how losses fall, and dominates nobody."""
