@@ -42,7 +42,7 @@ from wattier.records import EpochRecord, Fidelity, TrialResult
 from wattier.rundir import RunDir, append_json_line, write_json
 from wattier.select import compare, select_trials, split_candidates
 from wattier.space import typed_space
-from wattier.trial import TrialContext
+from wattier.trial_context import TrialContext
 from wattier_telemetry import EnergyMeter, EnergyReport, Share, TrialRegistration, bill, open_source
 from wattier_telemetry.journal import Journal
 

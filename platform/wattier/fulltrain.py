@@ -14,7 +14,7 @@ from wattier.mirror import Mirror
 from wattier.policy import FixedPolicy
 from wattier.records import Fidelity, Proposal, Selection, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, append_json_line
-from wattier.trial import RunTrial
+from wattier.trial_context import RunTrial
 
 
 def train_members(  # noqa: PLR0913, PLR0917  (what runs, who listens, who knows the price)

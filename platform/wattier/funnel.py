@@ -20,7 +20,7 @@ from wattier.rundir import RunDir, append_json_line, read_json, write_json
 from wattier.sampler import Point
 from wattier.select import by_trade_off, compare, split_candidates
 from wattier.space import contains, typed_space
-from wattier.trial import RunTrial
+from wattier.trial_context import RunTrial
 from wattier.warm_start import PriorTrial
 
 LESS_THAN_ALL = 0.99  # an earlier stage's fidelity, where it is not smaller than the present one's

@@ -28,7 +28,7 @@ from wattier.outcome import (
 )
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult, finite_or_none
 from wattier.rundir import RunDir, decode, read_json, write_json
-from wattier.trial import RunTrial, TrialContext, TrialSpec, failed_result, judged
+from wattier.trial_context import RunTrial, TrialContext, TrialSpec, failed_result, judged
 from wattier_gnn.distributed import World
 
 NOTHING_RUNS = "the policy answered LATER while no trial runs, so that nothing would ever change: a bug in the policy"

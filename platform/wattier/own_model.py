@@ -29,7 +29,7 @@ from wattier.outcome import reason_of, shown
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.records import EpochRecord, Params, Status, TrialResult, finite_or_none
 from wattier.rundir import RunDir, append_json_line, write_json
-from wattier.trial import RunTrial, TrialContext, count_attempts, judged, own_folder, registered
+from wattier.trial_context import RunTrial, TrialContext, ended_result, own_folder, registered
 from wattier_telemetry import EnergyReport, Share, TrialRegistration, bill
 from wattier_telemetry.journal import Journal
 
@@ -288,7 +288,7 @@ def _report_final(trial: Trial, final: Any) -> None:
 
 def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: int | None) -> TrialResult:
     """The record of a function that ended or was stopped."""
-    spec, last = context.spec, trial.last
+    last = trial.last
     if last is None:
         raise RuntimeError("a trial without a report has no result")
     diverged = last.val_loss is None
@@ -298,28 +298,18 @@ def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: 
             "a stage must be alike. Train all epochs, or return the final loss"
         )
     status: Status = "complete" if last.epoch >= trial.epochs and not diverged else "pruned"
-    energy = bill(context.folder)
-    result = TrialResult(
-        run=context.config.name,
-        trial_id=spec.proposal.trial_id,
-        params=spec.proposal.params,
-        fidelity=spec.fidelity,
+    return ended_result(
+        context,
+        bill(context.folder),
         status=status,
         val_loss=last.val_loss,
         val_by_source={},
         epochs_done=last.epoch,
         structures_seen=last.structures_seen,
-        wall_seconds=energy.seconds,
-        energy=energy,
-        devices=tuple(sorted({share.device_uuid for share in energy.shares})),
-        error="the validation loss is not finite" if diverged else None,
         started_at=started_at,
-        attempts=count_attempts(context.folder),
         diverged=diverged,
-        projected_joules=spec.proposal.projected_joules,
         peak_memory_bytes=memory_bytes,
     )
-    return judged(result, context.config)
 
 
 def _real(name: str, value: Any) -> float:

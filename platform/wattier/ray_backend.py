@@ -23,7 +23,7 @@ from wattier.node_exporters import (
 from wattier.ray_cluster import bundle_of, check_cluster_resources, cluster, scratch_folder
 from wattier.ray_driver import Driver, callback_of, scheduler_of, searcher_of
 from wattier.ray_ranks import Trainable
-from wattier.trial import RunTrial
+from wattier.trial_context import RunTrial
 
 EXPORTER_WAIT_SECONDS = 20  # a worker process starts in a second or two; a stage does not wait for ever for a picture
 

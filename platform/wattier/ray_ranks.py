@@ -12,7 +12,7 @@ from wattier.node_exporters import use_registry
 from wattier.outcome import ERROR_NAME, TrialFailedError, checked_record, reason_of, reason_of_death, write_error
 from wattier.ray_cluster import Bundle
 from wattier.records import EpochRecord
-from wattier.trial import RunTrial, TrialContext, TrialSpec
+from wattier.trial_context import RunTrial, TrialContext, TrialSpec
 from wattier.trial_output import kept_output, output_name
 from wattier_gnn.distributed import World
 

@@ -28,7 +28,8 @@ from wattier.report import write_report
 from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.select import select_trials
 from wattier.storage_url import take_environment
-from wattier.trial import RunTrial, run_trial, settings_of
+from wattier.trial import run_trial, settings_of
+from wattier.trial_context import RunTrial
 from wattier.warm_start import describe, kept_priors
 from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.pool import Progress

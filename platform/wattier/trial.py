@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,20 @@ import torch
 
 from wattier.config import ModelSection, RunConfig, TrainingSection
 from wattier.config_space import ChoiceParameter
-from wattier.errors import UserError
 from wattier.metering import metered
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.power_cap import bill_with_remarks, cap_ratio, power_capped
-from wattier.records import EpochRecord, Fidelity, Params, Proposal, Status, TrialResult, finite_or_none
+from wattier.records import EpochRecord, Params, Status, TrialResult, finite_or_none
 from wattier.rundir import (
     START_UP_PHASE,
     RunDir,
     append_json_line,
-    hold_lock,
     read_json_lines,
-    sweep_temporary_files,
     write_json,
 )
+from wattier.trial_context import TrialContext, ended_result, own_folder, registered
 from wattier_gnn import checkpoint
-from wattier_gnn.distributed import World, barrier, largest, process_group
+from wattier_gnn.distributed import barrier, largest, process_group
 from wattier_gnn.model import FoundationModel, ModelConfig, build_model, count_parameters
 from wattier_gnn.sampling import choose_subset
 from wattier_gnn.sharding import optimizer_state
@@ -45,60 +42,6 @@ from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
 from wattier_gnn.train import EpochReport, TrainConfig, Trainer, TrainState
 from wattier_telemetry import EnergyMeter, EnergyReport, TrialRegistration, bill
-from wattier_telemetry.source import PowerSource
-
-ORPHAN_WAIT_SECONDS = 30
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    """What to train, in plain picklable values. early_stop_patience None = train all epochs of the fidelity.
-
-    warm_start_from: stage whose best weights of the same trial the training begins with.
-    seed: of the initial weights and the order of structures; members of an ensemble have different ones.
-    """
-
-    run_dir: str
-    proposal: Proposal
-    fidelity: Fidelity
-    early_stop_patience: int | None = None
-    warm_start_from: str | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class TrialContext:
-    """A trial as one of its processes sees it.
-
-    Attributes:
-        spec: what to train.
-        config: the run's config.
-        world: this process's rank among the trial's ranks.
-        gpus: the part of a GPU that is this rank's, 0 on a CPU.
-        counted_by_parent: this process is a child of rank 0's, whose estimate counts the time of its children.
-        report: rank 0 calls it after each epoch; False means stop.
-    """
-
-    spec: TrialSpec
-    config: RunConfig
-    world: World
-    gpus: float
-    report: Callable[[EpochRecord], bool]
-    counted_by_parent: bool = False
-
-    @property
-    def device_fraction(self) -> float:
-        """The part of each metered device that this rank owns: of its GPU, or of the machine's cores."""
-        return min(1.0, self.gpus or self.config.resources.cpus_per_rank / (os.cpu_count() or 1))
-
-    @property
-    def folder(self) -> Path:
-        """The only place this trial writes to."""
-        run = RunDir(Path(self.spec.run_dir))
-        return run.trial_folder(self.spec.fidelity.stage, self.spec.proposal.trial_id)
-
-
-RunTrial = Callable[[TrialContext], TrialResult | None]
 
 
 def run_trial(context: TrialContext) -> TrialResult | None:
@@ -230,34 +173,6 @@ def load_member(path: Path) -> FoundationModel:
     return model.eval()
 
 
-def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
-    """The record of a trial that left no ``result.json``: rebuilt from its epochs and its energy journals."""
-    folder, config = run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id), run.config()
-    try:
-        epochs = run.epochs(spec.fidelity.stage, spec.proposal.trial_id)
-    except UserError as damage:  # a stranger's trial may write anything
-        epochs, error = [], f"{error}; and {damage}"
-    last = epochs[-1] if epochs else None
-    energy = bill(folder)
-    result = TrialResult(
-        run=config.name,
-        trial_id=spec.proposal.trial_id,
-        params=spec.proposal.params,
-        fidelity=spec.fidelity,
-        status="failed",
-        val_loss=last.val_loss if last else None,
-        val_by_source=last.val_by_source if last else {},
-        epochs_done=last.epoch if last else 0,
-        structures_seen=last.structures_seen if last else 0,
-        wall_seconds=energy.seconds,
-        energy=energy,
-        error=error,
-        attempts=count_attempts(folder),
-        projected_joules=spec.proposal.projected_joules,
-    )
-    return judged(result, config)
-
-
 def _bill_so_far(context: TrialContext, meter: EnergyMeter) -> EnergyReport:
     """The trial's energy over all ranks and attempts; this rank's is read anew, the others' are as of a moment ago."""
     meter.so_far()
@@ -312,41 +227,6 @@ def _on_epoch(context: TrialContext, report: EpochReport, registration: dict[str
     return context.report(record)
 
 
-@contextmanager
-def registered(context: TrialContext, source: PowerSource) -> Iterator[dict[str, Any]]:
-    """Make this rank visible to the node's exporter for as long as it lives; yields the fields to update."""
-    spec = context.spec
-    fields: dict[str, Any] = {
-        "run": context.config.name,
-        "stage": spec.fidelity.stage,
-        "trial": spec.proposal.trial_id,
-        "rank": context.world.rank,
-        "pid": os.getpid(),
-        "device_uuids": tuple(device.uuid for device in source.devices()),
-        "fraction": context.device_fraction,
-        "epochs": spec.fidelity.epochs,
-    }
-    first = TrialRegistration(**fields)
-    first.write()
-    try:
-        yield fields
-    finally:
-        first.withdraw()
-
-
-@contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Wait until an orphan of a killed run has left the folder."""
-    for _ in range(ORPHAN_WAIT_SECONDS * 10):
-        with hold_lock(folder / "lock") as held:
-            if held:
-                sweep_temporary_files(folder)
-                yield
-                return
-        time.sleep(0.1)
-    raise TimeoutError(f"{folder} is still in use by another process after {ORPHAN_WAIT_SECONDS} s")
-
-
 def _device(context: TrialContext) -> torch.device:
     """This rank's GPU, if it was given one: its own when the launcher narrowed the view, else by rank."""
     if not context.gpus or not torch.cuda.is_available():
@@ -358,46 +238,21 @@ def _result(
     context: TrialContext, trainer: Trainer, state: TrainState, started_at: str, memory_bytes: int | None
 ) -> TrialResult:
     """The record of a training that ended by itself or was stopped."""
-    spec = context.spec
     status: Status = "pruned" if state.ended in ("stopped", "diverged") else "complete"
     diverged = state.ended == "diverged"
     epochs = {record["epoch"]: record for record in read_json_lines(context.folder / "epochs.jsonl")}
     best = epochs.get(state.best_epoch, {})
-    energy = bill_with_remarks(context.folder)
-    result = TrialResult(
-        run=context.config.name,
-        trial_id=spec.proposal.trial_id,
-        params=spec.proposal.params,
-        fidelity=spec.fidelity,
+    return ended_result(
+        context,
+        bill_with_remarks(context.folder),
         status=status,
         val_loss=None if diverged else finite_or_none(state.best_val_loss),
         val_by_source=best.get("val_by_source", {}),
         epochs_done=state.epoch,
         structures_seen=state.structures_seen,
-        wall_seconds=energy.seconds,
-        energy=energy,
         n_parameters=count_parameters(trainer.model),
-        devices=tuple(sorted({share.device_uuid for share in energy.shares})),
-        checkpoint=str(trainer.best_path.relative_to(spec.run_dir)) if trainer.best_path.exists() else None,
-        error="the validation loss is not finite" if diverged else None,
+        checkpoint=str(trainer.best_path.relative_to(context.spec.run_dir)) if trainer.best_path.exists() else None,
         started_at=started_at,
-        attempts=count_attempts(context.folder),
         diverged=diverged,
-        projected_joules=spec.proposal.projected_joules,
         peak_memory_bytes=memory_bytes,
     )
-    return judged(result, context.config)
-
-
-def judged(result: TrialResult, config: RunConfig) -> TrialResult:
-    """The same result, held against what the config allows."""
-    return result.flagged(
-        config.telemetry.throttled_share,
-        limits=config.search.constraints.limits(),
-        capped=cap_ratio(config, result.params) is not None,
-    )
-
-
-def count_attempts(folder: Path) -> int:
-    """How often a trial was begun."""
-    return max(1, len(list(folder.glob("*rank0.energy.json"))))

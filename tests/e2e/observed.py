@@ -22,7 +22,8 @@ import wattier.run
 import wattier.trial
 from wattier.metering import metered
 from wattier.records import TrialResult
-from wattier.trial import TrialContext, run_trial
+from wattier.trial import run_trial
+from wattier.trial_context import TrialContext
 
 STAMPS = struct.Struct("dd")
 PERIOD_SECONDS = 0.002

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from wattier.metering import metered
 from wattier.records import EpochRecord, TrialResult
 from wattier.rundir import append_json_line, write_json
-from wattier.trial import registered
+from wattier.trial_context import registered
 from wattier_telemetry import bill
 
 DIES, DIES_ONCE, DIVERGES = 7, 8, 9
