@@ -9,7 +9,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from wattier_gnn.ensemble import Ensemble
+from wattier_gnn.release import load_release
 from wattier_gnn.structure import Structure
 
 
@@ -32,7 +32,7 @@ class WattierCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
 
     def __init__(self, release: Path | str, source: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.ensemble = Ensemble.load(Path(release))
+        self.ensemble = load_release(release)
         if source not in self.ensemble.sources:
             raise ValueError(f"source is {source!r}, but must be one of {', '.join(self.ensemble.sources)}")
         self.source = source

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from wattier_gnn.arrays import edges_within
 from wattier_gnn.batch import Batch
-from wattier_gnn.files import sha256_of
-from wattier_gnn.model import FoundationModel, ModelConfig, source_index_of
-from wattier_gnn.reference import MAX_ATOMIC_NUMBER, composition
+from wattier_gnn.model import FoundationModel, source_index_of
+from wattier_gnn.reference import composition
 from wattier_gnn.store import join, structures_to_arrays
 from wattier_gnn.structure import DataError, Structure
-
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +27,14 @@ class EnsemblePrediction:
     forces_std_ev_per_angstrom: Any  # float64 [N, 3], calibrated
     member_energies_ev: Any  # float64 [M, B]
     member_forces_ev_per_angstrom: Any  # float64 [M, N, 3]
+
+
+@dataclass(frozen=True)
+class MemberNumbers:
+    """What M members say of B structures with N atoms, before it is joined to one answer."""
+
+    energies_ev: Any  # float64 [M, B], relative to the composition reference
+    forces_ev_per_angstrom: Any  # float64 [M, N, 3]
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,22 @@ class Ensemble:
 
         baseline_ev [B] is the composition reference of each structure.
         """
+        return self.combine(self.members_say(arrays), baseline_ev)
+
+    def members_say(self, arrays: Mapping[str, Any]) -> MemberNumbers:
+        """What each member answers, relative to the composition reference; each sees edges within its own cutoff."""
         device, n = next(self.members[0].parameters()).device, len(arrays["energy"])
         found: dict[int, tuple[Any, Any]] = {}
         for cutoff in sorted({member.config.cutoff_angstrom for member in self.members}):
             near = arrays if cutoff == self.cutoff_angstrom else edges_within(arrays, cutoff)
             batch = join(near, np.arange(n), np.zeros(n)).to(device)
             found |= {k: _numbers(m, batch) for k, m in enumerate(self.members) if m.config.cutoff_angstrom == cutoff}
-        energies = np.stack([found[k][0] for k in range(len(self.members))]) + baseline_ev
-        forces = np.stack([found[k][1] for k in range(len(self.members))])
+        energies, forces = (np.stack([found[k][i] for k in range(len(self.members))]) for i in (0, 1))
+        return MemberNumbers(energies, forces)
+
+    def combine(self, said: MemberNumbers, baseline_ev: Any) -> EnsemblePrediction:
+        """The ensemble's answer from its members'; baseline_ev [B] is added to every energy."""
+        energies, forces = said.energies_ev + baseline_ev, said.forces_ev_per_angstrom
         return EnsemblePrediction(
             energies.mean(axis=0),
             spread(energies) * self.energy_std_scale,
@@ -105,21 +114,6 @@ class Ensemble:
             )
         return self.predict_arrays(arrays, counts @ self.references_ev[index])
 
-    @classmethod
-    def load(cls, folder: Path) -> Ensemble:
-        """Load a release, after checking the hash of every file it names.
-
-        Raises:
-            DataError: a file is missing or changed, or the release was made by a newer version.
-        """
-        manifest = read_manifest(folder)
-        members = tuple(_load_member(folder, member) for member in manifest["members"])
-        references = np.array(manifest["references_ev"], dtype=np.float64)
-        if references.shape != (len(members[0].config.sources), MAX_ATOMIC_NUMBER + 1):
-            raise DataError(f"{folder}: references_ev is {list(references.shape)}, but must be [S, 119]. Get it anew.")
-        calibration = manifest["calibration"]
-        return cls(members, references, calibration["energy_std_scale"], calibration["forces_std_scale"])
-
 
 @torch.no_grad()
 def _numbers(member: FoundationModel, batch: Batch) -> tuple[Any, Any]:
@@ -131,44 +125,6 @@ def _numbers(member: FoundationModel, batch: Batch) -> tuple[Any, Any]:
 def spread(values: Any) -> Any:
     """Standard deviation over members [M, ...] with M - 1; NaN, which is unknown, for one member."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.full_like(values[0], np.nan)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A release's manifest, once every file it names has the hash it states.
-
-    Raises:
-        DataError: no manifest, a newer schema, a missing or changed file, or a name that leaves the folder.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        version, files = manifest["schema_version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a readable manifest ({error}). Give the folder of a Wattier release.") from error
-    if version != SCHEMA_VERSION:
-        raise DataError(
-            f"{path}: schema_version is {version}, but must be {SCHEMA_VERSION}. "
-            f"Install the wattier that made it: pip install 'wattier=={manifest.get('wattier_version')}'."
-        )
-    for name, expected in files.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{path}: names {name!r}, but files must lie inside the release. Do not use this release.")
-        if not file.is_file():
-            raise DataError(f"{file}: is missing, but the manifest names it. Get the release anew.")
-        if (found := sha256_of(file)) != expected:
-            raise DataError(f"{file}: sha256 is {found[:12]}..., but must be {expected[:12]}... Get the release anew.")
-    return manifest
-
-
-def _load_member(folder: Path, name: str) -> FoundationModel:
-    try:
-        model = FoundationModel(ModelConfig.from_dict(json.loads((folder / name / "config.json").read_text())))
-        model.load_state_dict(load_file(folder / name / "model.safetensors"))
-    except Exception as error:  # safetensors, json and torch each have their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{folder / name}: not a readable member ({reason}). Get the release anew.") from error
-    return model.eval()
 
 
 def _of_source(structure: Structure, source: str) -> Structure:

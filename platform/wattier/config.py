@@ -12,8 +12,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from wattier.config_combinations import refuse_wrong_combinations
+from wattier.config_ensemble import FullTrainingSection, SelectSection
 from wattier.config_errors import explain
-from wattier.config_search import BudgetSection, SearchSection
+from wattier.config_search import SearchSection
 from wattier.config_space import (
     ChoiceParameter,
     NonNegativeFloat,
@@ -166,33 +167,6 @@ def _refuse_forbidden_values(name: str, parameter: RangeParameter | ChoiceParame
         except ValidationError as error:
             reason = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
             raise ValueError(f"search.space: {name} reaches {value!r}, but {reason}") from error
-
-
-class SelectSection(Section):
-    """Sizes of the tiers: accurate = lowest loss, balanced = best trade-off between loss and joules."""
-
-    accurate: Annotated[int, Field(ge=0)] = 1
-    balanced: Annotated[int, Field(ge=0)] = 2
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if self.accurate + self.balanced < 1:
-            raise ValueError("both tiers are empty, but at least one trial must be picked")
-        return self
-
-
-class FullTrainingSection(Section):
-    """Training of the picked trials to convergence on all training structures.
-
-    warm_start: begin from the best weights that the trial had in the last stage, whose joules are already paid.
-    budget: what all members together may cost, apart from the search; null = no limit.
-    """
-
-    epochs: Positive = 1000
-    early_stop_patience: Positive = 10
-    ranks: Positive = 1
-    warm_start: bool = False
-    budget: BudgetSection | None = None
 
 
 class ResourcesSection(Section):

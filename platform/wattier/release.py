@@ -19,9 +19,9 @@ from wattier.records import TrialResult
 from wattier.rundir import FULL_STAGE, RunDir
 from wattier.trial import load_member, settings_of
 from wattier.units import format_joules
-from wattier_gnn.ensemble import MANIFEST, SCHEMA_VERSION, Ensemble
 from wattier_gnn.files import sha256_of
 from wattier_gnn.properties import promised
+from wattier_gnn.release import MANIFEST, SCHEMA_VERSION, load_release
 from wattier_gnn.store import Store
 
 LICENSE_OF_SAMPLE = "BSD-3-Clause"
@@ -48,7 +48,7 @@ def export_release(run: RunDir, config: RunConfig) -> Path:
         _write_texts(temporary, run, config, evaluation, members)
         manifest = _manifest(temporary, run, config, evaluation, members)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
-        Ensemble.load(temporary)
+        load_release(temporary)
         shutil.rmtree(run.release_path, ignore_errors=True)
         temporary.rename(run.release_path)
     finally:

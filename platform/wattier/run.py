@@ -31,8 +31,8 @@ from wattier.storage_url import take_environment
 from wattier.trial import run_trial, settings_of
 from wattier.trial_context import RunTrial
 from wattier.warm_start import describe, kept_priors
-from wattier_gnn.ensemble import MANIFEST
 from wattier_gnn.pool import Progress
+from wattier_gnn.release import MANIFEST
 from wattier_gnn.splits import TRAIN
 from wattier_gnn.store import Store
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wattier.config import SelectSection
+from wattier.config_ensemble import SelectSection
 from wattier.errors import UserError
 from wattier.pareto import hypervolume, hypervolume_contributions, non_dominated_ranks
 from wattier.records import Pick, Selection, Tier, TrialResult

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from wattier.config import RunConfig, SelectSection
+from wattier.config import RunConfig
+from wattier.config_ensemble import SelectSection
 from wattier.records import EpochRecord, Fidelity, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, append_json_line, write_json
 from wattier.select import select_trials

@@ -383,15 +383,15 @@ class TestDamagedRun:
                 reader(tmp_path / "best.pt")
 
     def test_tampered_release(self, damaged):
-        from wattier_gnn.ensemble import Ensemble
+        from wattier_gnn.release import load_release
 
-        assert Ensemble.load(damaged.release_path).members
+        assert load_release(damaged.release_path).members
         weights = next(damaged.release_path.rglob("model.safetensors"))
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(bytes(content))
         with pytest.raises(DataError, match=r"model\.safetensors: sha256 is .* but must be"):
-            Ensemble.load(damaged.release_path)
+            load_release(damaged.release_path)
         weights.unlink()
         with pytest.raises(DataError, match="is missing, but the manifest names it"):
-            Ensemble.load(damaged.release_path)
+            load_release(damaged.release_path)

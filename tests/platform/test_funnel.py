@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wattier.config import RunConfig, SelectSection
+from wattier.config import RunConfig
+from wattier.config_ensemble import SelectSection
 from wattier.errors import UserError
 from wattier.funnel import budget_shares, on_front, promoted_trials, what_was_before
 from wattier.objectives import Objectives

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wattier.config import SelectSection
+from wattier.config_ensemble import SelectSection
 from wattier.errors import UserError
 from wattier.pareto import hypervolume, non_dominated_ranks
 from wattier.records import Selection

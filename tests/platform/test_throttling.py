@@ -6,7 +6,8 @@ import io
 import pytest
 from rich.console import Console
 
-from wattier.config import RunConfig, SelectSection
+from wattier.config import RunConfig
+from wattier.config_ensemble import SelectSection
 from wattier.console import RunConsole, print_status, print_tiers
 from wattier.funnel import adopt_finished
 from wattier.launch import Stage

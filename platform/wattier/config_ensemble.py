@@ -1,0 +1,37 @@
+"""What a run is told of its second half: the tiers, and the training of the chosen ones to an ensemble."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from wattier.config_search import BudgetSection
+from wattier.config_space import Positive, Section
+
+
+class SelectSection(Section):
+    """Sizes of the tiers: accurate = lowest loss, balanced = best trade-off between loss and joules."""
+
+    accurate: Annotated[int, Field(ge=0)] = 1
+    balanced: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.accurate + self.balanced < 1:
+            raise ValueError("both tiers are empty, but at least one trial must be picked")
+        return self
+
+
+class FullTrainingSection(Section):
+    """Training of the picked trials to convergence on all training structures.
+
+    warm_start: begin from the best weights that the trial had in the last stage, whose joules are already paid.
+    budget: what all members together may cost, apart from the search; null = no limit.
+    """
+
+    epochs: Positive = 1000
+    early_stop_patience: Positive = 10
+    ranks: Positive = 1
+    warm_start: bool = False
+    budget: BudgetSection | None = None
