@@ -1,7 +1,7 @@
-"""Run all tests in two lanes side by side: what mostly waits, then the models; and beside them the whole product.
+"""Run all tests on two lanes side by side: each takes the next room of tests when it is done with one.
 
 What computes is nicer, and what waits has a session (so a scheduling group) of its own: its clocks are not held up.
-All must pass. The output of the first lane comes when both have ended; arguments go to every pytest run.
+All must pass. A room's output comes when it has ended; arguments go to every pytest run.
 """
 
 from __future__ import annotations
@@ -10,60 +10,94 @@ import subprocess
 import sys
 import tempfile
 import threading
-from typing import IO
+import time
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
 
-WAITING = ["tests/telemetry", "tests/dashboards"]
-MODELS = ["tests/gnn"]
+N_LANES = 2
 NICE = ["nice", "-n", "10"]
 
 
-class Lane(threading.Thread):
-    """Runs commands one after another, whatever becomes of them."""
+class Room(NamedTuple):
+    """Folders of tests that run in one pytest. waits: they mostly wait, with an eye on the clock."""
 
-    def __init__(self, commands: list[list[str]], output: IO[bytes] | None) -> None:
+    folders: tuple[str, ...]
+    waits: bool = False
+
+
+# The longest first, so that the lanes end together.
+ROOMS = (
+    Room(("tests/e2e",)),
+    Room(("tests/telemetry", "tests/dashboards"), waits=True),
+    Room(("tests/platform",)),
+    Room(("tests/gnn", "tests/search")),
+)
+
+
+class Lane(threading.Thread):
+    """Runs rooms until there are none left, whatever becomes of them."""
+
+    def __init__(self, rooms: deque[Room], arguments: list[str], voice: threading.Lock) -> None:
         super().__init__()
-        self.commands, self.output = commands, output
+        self.rooms, self.arguments, self.voice = rooms, arguments, voice
         self.failed: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
-        self.is_stopped = False
 
     def run(self) -> None:
-        """Run them all."""
-        for command in self.commands:
-            if self.is_stopped:
+        """Take the next room until there is none."""
+        while True:
+            try:
+                room = self.rooms.popleft()
+            except IndexError:
                 return
-            alone = command[0] not in NICE
-            self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output, start_new_session=alone)
-            if self.process.wait():
-                self.failed.append(" ".join(command[command.index("pytest") :]))
+            self._run(room)
+
+    def _run(self, room: Room) -> None:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *self.arguments, *room.folders]
+        command = command if room.waits else [*NICE, *command]
+        name, started = " ".join(room.folders), time.monotonic()
+        with tempfile.TemporaryFile() as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=room.waits)
+            code = self.process.wait()
+            output.seek(0)
+            with self.voice:
+                sys.stdout.buffer.write(output.read())
+                print(f"tests: {name} took {time.monotonic() - started:.0f} s", flush=True)
+        if code:
+            self.failed.append(name)
 
     def stop(self) -> None:
         """Kill what runs, and run no more."""
-        self.is_stopped = True
+        self.rooms.clear()
         if self.process is not None:
             self.process.kill()
 
 
+def forgotten() -> list[str]:
+    """Folders of tests that no room holds."""
+    there = {path.parent.as_posix() for path in Path("tests").rglob("test_*.py")}
+    return sorted(there - {folder for room in ROOMS for folder in room.folders})
+
+
 def main() -> int:
-    pytest = [sys.executable, "-m", "pytest", *sys.argv[1:]]
-    rest = [f"--ignore={room}" for room in (*WAITING, *MODELS)]
-    with tempfile.TemporaryFile() as output:
-        print(f"tests: {', '.join(WAITING + MODELS)} run in the background, their output comes last", flush=True)
-        hidden = [[*pytest, "-p", "no:cacheprovider", *WAITING], [*NICE, *pytest, "-p", "no:cacheprovider", *MODELS]]
-        lanes = [Lane(hidden, output), Lane([[*NICE, *pytest, *rest]], None)]
-        try:
-            for lane in lanes:
-                lane.start()
-            for lane in lanes:
-                lane.join()
-        finally:
-            for lane in lanes:
-                lane.stop()
-        output.seek(0)
-        sys.stdout.buffer.write(output.read())
-    failed = [command for lane in lanes for command in lane.failed]
-    for command in failed:
-        print(f"tests: failed: {command}")
+    if folders := forgotten():
+        print(f"tests: .ci/test.py runs no {', '.join(folders)}. Add it to a room.")
+        return 2
+    rooms, voice = deque(ROOMS), threading.Lock()
+    lanes = [Lane(rooms, sys.argv[1:], voice) for _ in range(N_LANES)]
+    print("tests: " + ", ".join(folder for room in ROOMS for folder in room.folders), flush=True)
+    try:
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+    finally:
+        for lane in lanes:
+            lane.stop()
+    failed = [name for lane in lanes for name in lane.failed]
+    for name in failed:
+        print(f"tests: failed: {name}")
     return 1 if failed else 0
 
 
