@@ -1,73 +1,73 @@
-"""A release: the folder that holds an ensemble, its references and a manifest with the hash of every file."""
+"""A release: the folder that holds an ensemble, its references and a manifest with the hash of every file.
+
+Hashes guard against accidents. Whoever means harm writes the hashes too, so what the files say is checked as well:
+see `release_manifest`, `release_files` and `release_member`.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.torch import load_file
-
 from wattier_gnn.ensemble import Ensemble
-from wattier_gnn.files import sha256_of
-from wattier_gnn.model import FoundationModel, ModelConfig
-from wattier_gnn.reference import MAX_ATOMIC_NUMBER
+from wattier_gnn.model import FoundationModel
+from wattier_gnn.release_files import read_verified
+from wattier_gnn.release_manifest import CONFIG, MANIFEST, SCHEMA_VERSION, WEIGHTS, ReleaseManifest, read_manifest
+from wattier_gnn.release_member import read_member
+from wattier_gnn.release_uncertainty import ensemble_parts
 from wattier_gnn.structure import DataError
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "SCHEMA_VERSION", "load_release", "other_files", "read_release_manifest", "verify_release"]
 
 
 def load_release(folder: Path | str) -> Ensemble:
-    """Load a release, after checking the hash of every file it names.
+    """Load a release, after checking the hash of every file it names; what is loaded are the bytes that were hashed.
 
     Raises:
-        DataError: a file is missing or changed, or the release was made by a newer version.
+        DataError: a file is missing or changed, lies elsewhere, or does not hold what it must; or the release was made
+            by a newer version, which is named.
     """
     folder = Path(folder)
-    manifest = read_release_manifest(folder)
-    members = tuple(_load_member(folder, member) for member in manifest["members"])
-    references = np.array(manifest["references_ev"], dtype=np.float64)
-    if references.shape != (len(members[0].config.sources), MAX_ATOMIC_NUMBER + 1):
-        raise DataError(f"{folder}: references_ev is {list(references.shape)}, but must be [S, 119]. Get it anew.")
-    calibration = manifest["calibration"]
-    return Ensemble(members, references, calibration["energy_std_scale"], calibration["forces_std_scale"])
+    manifest = read_manifest(folder)
+    content = read_verified(folder, manifest.files, frozenset(manifest.member_files))
+    members = []
+    for name in manifest.members:  # the bytes of a member go when it is read
+        config, weights = (content.pop(f"{name}/{file}") for file in (CONFIG, WEIGHTS))
+        members.append(read_member(folder / name, config, weights, manifest.sources))
+    return _ensemble(folder, manifest, tuple(members))
 
 
-def read_release_manifest(folder: Path) -> dict[str, Any]:
+def read_release_manifest(folder: Path | str) -> dict[str, Any]:
     """A release's manifest, once every file it names has the hash it states.
 
     Raises:
         DataError: no manifest, a newer schema, a missing or changed file, or a name that leaves the folder.
     """
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        version, files = manifest["schema_version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a readable manifest ({error}). Give the folder of a Wattier release.") from error
-    if version != SCHEMA_VERSION:
-        raise DataError(
-            f"{path}: schema_version is {version}, but must be {SCHEMA_VERSION}. "
-            f"Install the wattier that made it: pip install 'wattier=={manifest.get('wattier_version')}'."
-        )
-    for name, expected in files.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{path}: names {name!r}, but files must lie inside the release. Do not use this release.")
-        if not file.is_file():
-            raise DataError(f"{file}: is missing, but the manifest names it. Get the release anew.")
-        if (found := sha256_of(file)) != expected:
-            raise DataError(f"{file}: sha256 is {found[:12]}..., but must be {expected[:12]}... Get the release anew.")
-    return manifest
+    manifest = read_manifest(Path(folder))
+    read_verified(Path(folder), manifest.files, ())
+    return manifest.data
 
 
-def _load_member(folder: Path, name: str) -> FoundationModel:
+def verify_release(folder: Path | str) -> ReleaseManifest:
+    """Check all that `load_release` does, and give the manifest.
+
+    Raises:
+        DataError: as `load_release`.
+    """
+    load_release(folder)
+    return read_manifest(Path(folder))
+
+
+def other_files(folder: Path, manifest: ReleaseManifest) -> list[str]:
+    """Names of what lies in the folder and is no part of the release: nothing reads it, and its hash is unknown."""
+    known = {*manifest.files, MANIFEST}
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return sorted(set(found) - known)
+
+
+def _ensemble(folder: Path, manifest: ReleaseManifest, members: tuple[FoundationModel, ...]) -> Ensemble:
     try:
-        model = FoundationModel(ModelConfig.from_dict(json.loads((folder / name / "config.json").read_text())))
-        model.load_state_dict(load_file(folder / name / "model.safetensors"))
-    except Exception as error:  # safetensors, json and torch each have their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{folder / name}: not a readable member ({reason}). Get the release anew.") from error
-    return model.eval()
+        parts = ensemble_parts(manifest.uncertainty, manifest.sources, len(members))
+    except DataError as error:
+        raise DataError(f"{folder / MANIFEST}: {str(error).rstrip('.')}. Get the release anew.") from error
+    return Ensemble(members, manifest.references_ev, **parts)
