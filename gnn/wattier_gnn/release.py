@@ -11,7 +11,7 @@ from typing import Any
 
 from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.model import FoundationModel
-from wattier_gnn.release_files import read_verified
+from wattier_gnn.release_files import check_hash, read_verified
 from wattier_gnn.release_manifest import CONFIG, MANIFEST, SCHEMA_VERSION, WEIGHTS, ReleaseManifest, read_manifest
 from wattier_gnn.release_member import read_member
 from wattier_gnn.release_uncertainty import ensemble_parts
@@ -28,13 +28,7 @@ def load_release(folder: Path | str) -> Ensemble:
             by a newer version, which is named.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    content = read_verified(folder, manifest.files, frozenset(manifest.member_files))
-    members = []
-    for name in manifest.members:  # the bytes of a member go when it is read
-        config, weights = (content.pop(f"{name}/{file}") for file in (CONFIG, WEIGHTS))
-        members.append(read_member(folder / name, config, weights, manifest.sources))
-    return _ensemble(folder, manifest, tuple(members))
+    return _load(folder, read_manifest(folder))
 
 
 def read_release_manifest(folder: Path | str) -> dict[str, Any]:
@@ -43,8 +37,10 @@ def read_release_manifest(folder: Path | str) -> dict[str, Any]:
     Raises:
         DataError: no manifest, a newer schema, a missing or changed file, or a name that leaves the folder.
     """
-    manifest = read_manifest(Path(folder))
-    read_verified(Path(folder), manifest.files, ())
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, due in manifest.files.items():
+        check_hash(folder, name, due)
     return manifest.data
 
 
@@ -54,8 +50,32 @@ def verify_release(folder: Path | str) -> ReleaseManifest:
     Raises:
         DataError: as `load_release`.
     """
-    load_release(folder)
-    return read_manifest(Path(folder))
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _load(folder, manifest)
+    return manifest
+
+
+def _load(folder: Path, manifest: ReleaseManifest) -> Ensemble:
+    """What is not read is hashed first; then one member after the other, since together they may be large."""
+    for name in sorted(set(manifest.files) - set(manifest.member_files)):
+        check_hash(folder, name, manifest.files[name])
+    members = tuple(_member(folder, manifest, name) for name in manifest.members)
+    try:
+        parts = ensemble_parts(manifest.uncertainty, manifest.sources, len(members))
+    except DataError as error:
+        raise DataError(f"{folder / MANIFEST}: {str(error).rstrip('.')}. Get the release anew.") from error
+    return Ensemble(members, manifest.references_ev, **parts)
+
+
+def _member(folder: Path, manifest: ReleaseManifest, name: str) -> FoundationModel:
+    config, weights = f"{name}/{CONFIG}", f"{name}/{WEIGHTS}"
+    return read_member(
+        folder / name,
+        read_verified(folder, config, manifest.files[config], small=True),
+        read_verified(folder, weights, manifest.files[weights]),
+        manifest.sources,
+    )
 
 
 def other_files(folder: Path, manifest: ReleaseManifest) -> list[str]:
@@ -63,11 +83,3 @@ def other_files(folder: Path, manifest: ReleaseManifest) -> list[str]:
     known = {*manifest.files, MANIFEST}
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file())
     return sorted(set(found) - known)
-
-
-def _ensemble(folder: Path, manifest: ReleaseManifest, members: tuple[FoundationModel, ...]) -> Ensemble:
-    try:
-        parts = ensemble_parts(manifest.uncertainty, manifest.sources, len(members))
-    except DataError as error:
-        raise DataError(f"{folder / MANIFEST}: {str(error).rstrip('.')}. Get the release anew.") from error
-    return Ensemble(members, manifest.references_ev, **parts)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Never
@@ -33,36 +33,62 @@ def twins(names: Iterable[str]) -> tuple[str, str] | None:
     """Two names that are one file where case does not count."""
     seen: dict[str, str] = {}
     for name in names:
-        if (other := seen.setdefault(name.lower(), name)) is not name:
-            return other, name
+        if name.lower() in seen:
+            return seen[name.lower()], name
+        seen[name.lower()] = name
     return None
 
 
-def read_verified(folder: Path, hashes: dict[str, str], wanted: Collection[str]) -> dict[str, bytes]:
-    """Hash every file of a release once, and give the very bytes that were hashed of those that are wanted.
+def check_hash(folder: Path, name: str, due: str) -> None:
+    """Hash a file of a release without keeping it.
 
     Raises:
-        DataError: a file is missing, changed, a link, or no file at all.
+        DataError: it is missing, changed, a link, or no file at all.
     """
-    found = {}
-    for name, due in hashes.items():
+    digest = hashlib.sha256()
+    with open_inside(folder, name) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    _compare(folder / name, digest.hexdigest(), due)
+
+
+def read_small(folder: Path, name: str) -> bytes:
+    """A file that holds JSON, which is small.
+
+    Raises:
+        DataError: it is missing, a link, no file at all, or larger than JSON may be.
+    """
+    with open_inside(folder, name) as file:
+        content: bytes = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise DataError(
+            f"{folder / name}: is larger than {MAX_JSON_BYTES >> 20} MiB, but must not be. Do not use this release."
+        )
+    return content
+
+
+def read_verified(folder: Path, name: str, due: str, *, small: bool = False) -> bytes:
+    """The very bytes of a file that were hashed.
+
+    Raises:
+        DataError: as `check_hash`; or it should be small and is not.
+    """
+    if small:
+        content = read_small(folder, name)
+    else:
         with open_inside(folder, name) as file:
-            if name in wanted:
-                found[name] = file.read()
-                digest = hashlib.sha256(found[name])
-            else:
-                digest = hashlib.sha256()
-                while chunk := file.read(CHUNK_BYTES):
-                    digest.update(chunk)
-        if (is_ := digest.hexdigest()) != due:
-            raise DataError(
-                f"{folder / name}: sha256 is {is_[:12]}..., but must be {due[:12]}... Get the release anew."
-            )
-    return found
+            content = file.read()
+    _compare(folder / name, hashlib.sha256(content).hexdigest(), due)
+    return content
+
+
+def _compare(path: Path, found: str, due: str) -> None:
+    if found != due:
+        raise DataError(f"{path}: sha256 is {found[:12]}..., but must be {due[:12]}... Get the release anew.")
 
 
 @contextmanager
-def open_inside(folder: Path, name: str) -> Any:
+def open_inside(folder: Path, name: str) -> Iterator[IO[bytes]]:
     """Open a regular file below a folder without following any link on the way.
 
     Raises:
@@ -77,9 +103,10 @@ def open_inside(folder: Path, name: str) -> Any:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise _is_link(path) from error
         raise DataError(f"{path}: cannot be read ({error.strerror}), but must be. Get the release anew.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path}: is no regular file, but must be one. Do not use this release.")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise DataError(f"{path}: is no regular file, but must be one. Do not use this release.")
         yield file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from wattier_gnn.reference import MAX_ATOMIC_NUMBER
-from wattier_gnn.release_files import PART, is_safe_name, open_inside, read_json_object, twins
+from wattier_gnn.release_files import PART, is_safe_name, parse_json_object, read_small, twins
 from wattier_gnn.structure import DataError
 
 SCHEMA_VERSION = 2
@@ -20,6 +21,8 @@ MANIFEST = "manifest.json"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_ENERGY_EV = 1e9  # of one atom; the heaviest all-electron atoms have about 1e6
 MAX_MEMBERS = 1000
+SEAL = "seal_sha256"  # of the manifest's own bytes with zeros in place of these digits
+_ZEROS = b"0" * 64
 _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){0,4}((a|b|rc|\.post|\.dev)[0-9]{1,6})?", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -58,14 +61,39 @@ def read_manifest(folder: Path) -> ReleaseManifest:
         raise DataError(f"{folder}: is no folder, but must be a release that `wattier export` made. Give its folder.")
     if not path.exists() and not path.is_symlink():
         raise DataError(f"{path}: does not exist, but every release has one. Give the folder of a Wattier release.")
-    with open_inside(folder, MANIFEST) as file:
-        data, content = read_json_object(path, file)
+    content = read_small(folder, MANIFEST)
+    data = parse_json_object(path, content)
     _check_version(path, data)
+    _check_seal(path, data, content)
     try:
         return _manifest(data, hashlib.sha256(content).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path}: {reason}. Get the release anew, or do not use it.") from error
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """The bytes of a manifest with their own hash in them, so that no byte of it can change unseen.
+
+    Raises:
+        ValueError: it holds a number that is NaN or infinite.
+    """
+    text = json.dumps({SEAL: "0" * 64, **manifest}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    blank = text.encode()
+    return blank.replace(_ZEROS, hashlib.sha256(blank).hexdigest().encode(), 1)
+
+
+def _check_seal(path: Path, data: dict[str, Any], content: bytes) -> None:
+    digits = data.get(SEAL)
+    if digits is None and data["schema_version"] == 1:
+        return
+    if not isinstance(digits, str) or not _SHA256.fullmatch(digits):
+        raise DataError(f"{path}: {SEAL} is {digits!r:.80}, but must be a sha256. Get the release anew.")
+    blank = content.replace(digits.encode(), _ZEROS, 1)
+    if (found := hashlib.sha256(blank).hexdigest()) != digits:
+        raise DataError(
+            f"{path}: was changed: its sha256 is {found[:12]}..., but must be {digits[:12]}... Get the release anew."
+        )
 
 
 def _check_version(path: Path, data: dict[str, Any]) -> None:

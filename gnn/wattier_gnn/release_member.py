@@ -71,11 +71,12 @@ def _config(data: dict[str, Any], tensors: dict[str, torch.Tensor], sources: tup
         value, kind = data[field.name], hints[field.name]
         if not _fits(value, kind):
             raise ValueError(f"{field.name} is {value!r:.60}, but must be {_in_words(kind)}")
-        if type(value) is int and get_origin(kind) is None:
-            # Layers are built one by one, so their number must be credible before any is.
-            largest = len(tensors) if field.name.endswith("layers") else n_values
-            if not 0 <= value <= largest:
-                raise ValueError(f"{field.name} is {value!r:.40}, but the weights are of at most {largest}")
+        if type(value) is int and kind is not float and value < 1:
+            raise ValueError(f"{field.name} is {value!r:.40}, but must be 1 or more")
+        # Layers are built one by one, so their number must be credible before any is.
+        largest = len(tensors) if field.name.endswith("layers") else n_values
+        if kind is int and value > largest:
+            raise ValueError(f"{field.name} is {value!r:.40}, but the weights are of at most {largest}")
     config = ModelConfig.from_dict(data)
     if config.sources != sources:
         raise ValueError(f"sources are {list(config.sources)!r:.200}, but the release has {list(sources)!r:.200}")

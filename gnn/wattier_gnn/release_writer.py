@@ -17,7 +17,7 @@ from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.files import make_folder, sha256_of
 from wattier_gnn.release import load_release, other_files
 from wattier_gnn.release_files import PART, is_safe_name, twins
-from wattier_gnn.release_manifest import CONFIG, MANIFEST, SCHEMA_VERSION, WEIGHTS, read_manifest
+from wattier_gnn.release_manifest import CONFIG, MANIFEST, SCHEMA_VERSION, WEIGHTS, read_manifest, seal
 from wattier_gnn.release_member import weights_bytes
 from wattier_gnn.release_uncertainty import ensemble_blocks
 from wattier_gnn.structure import DataError
@@ -77,10 +77,10 @@ def write_release(  # noqa: PLR0913  (what a release says of itself)
         files |= {file: _write(temporary / file, text.encode()) for file, text in texts.items()}
         manifest |= {**about, "files": dict(sorted(files.items()))}
         try:
-            text = json.dumps(manifest, indent=2, allow_nan=False, ensure_ascii=False)
+            sealed = seal(manifest)
         except ValueError as error:
             raise DataError(f"{folder}: the manifest would hold a number that is NaN or infinite ({error}).") from error
-        _write(temporary / MANIFEST, text.encode())
+        _write(temporary / MANIFEST, sealed)
         load_release(temporary)
     return folder
 

@@ -65,6 +65,7 @@ def export_release(run: RunDir, config: RunConfig, output: Path | None = None) -
         about={
             "metrics": evaluation["sources"],
             "energy_by_phase": energy_by_phase(ledger),
+            "energy_total": _phase(ledger.total),  # not always the sum: what two phases claim counts once
             "data": data,
             "license": card.license,
         },
@@ -133,8 +134,8 @@ def _is_of_sample(path: str) -> bool:
 
 
 def energy_by_phase(ledger: LedgerInfo) -> list[dict[str, Any]]:
-    """The bill as a manifest has it; `total` is not always the sum: it counts what two phases claim once."""
-    return [_phase(phase) for phase in (*ledger.phases, ledger.total)]
+    """The bill as a manifest has it."""
+    return [_phase(phase) for phase in ledger.phases]
 
 
 def _phase(phase: PhaseEnergy) -> dict[str, Any]:
