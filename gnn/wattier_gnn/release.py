@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from wattier_gnn.ensemble import Ensemble
+from wattier_gnn.ensemble import Ensemble, ensemble_parts
 from wattier_gnn.files import sha256_of
 from wattier_gnn.model import FoundationModel, ModelConfig
 from wattier_gnn.reference import MAX_ATOMIC_NUMBER
@@ -31,8 +31,8 @@ def load_release(folder: Path | str) -> Ensemble:
     references = np.array(manifest["references_ev"], dtype=np.float64)
     if references.shape != (len(members[0].config.sources), MAX_ATOMIC_NUMBER + 1):
         raise DataError(f"{folder}: references_ev is {list(references.shape)}, but must be [S, 119]. Get it anew.")
-    calibration = manifest["calibration"]
-    return Ensemble(members, references, calibration["energy_std_scale"], calibration["forces_std_scale"])
+    blocks = manifest.get("uncertainty") or {"calibration": manifest["calibration"]}
+    return Ensemble(members, references, **ensemble_parts(blocks, len(references), len(members)))
 
 
 def read_release_manifest(folder: Path) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def _manifest(
             "energy_std_scale": calibration["energy"]["scale"],
             "forces_std_scale": calibration["forces"]["scale"],
         },
+        "uncertainty": evaluation.get("uncertainty"),
         "metrics": evaluation["sources"],
         "energy_by_phase": [
             {"phase": phase.phase, "joules": phase.joules, "method": phase.method} for phase in ledger_info(run).phases
