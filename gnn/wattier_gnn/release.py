@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wattier_gnn.ensemble import Ensemble
+from wattier_gnn.ensemble import Ensemble, ensemble_parts
 from wattier_gnn.model import FoundationModel
 from wattier_gnn.release_files import check_hash, read_verified
 from wattier_gnn.release_manifest import CONFIG, MANIFEST, SCHEMA_VERSION, WEIGHTS, ReleaseManifest, read_manifest
 from wattier_gnn.release_member import read_member
-from wattier_gnn.release_uncertainty import ensemble_parts
 from wattier_gnn.structure import DataError
 
 __all__ = ["MANIFEST", "SCHEMA_VERSION", "load_release", "other_files", "read_release_manifest", "verify_release"]
@@ -62,9 +61,9 @@ def _load(folder: Path, manifest: ReleaseManifest) -> Ensemble:
         check_hash(folder, name, manifest.files[name])
     members = tuple(_member(folder, manifest, name) for name in manifest.members)
     try:
-        parts = ensemble_parts(manifest.uncertainty, manifest.sources, len(members))
+        parts = ensemble_parts(manifest.uncertainty, len(manifest.sources), len(members))
     except DataError as error:
-        raise DataError(f"{folder / MANIFEST}: {str(error).rstrip('.')}. Get the release anew.") from error
+        raise DataError(f"{folder / MANIFEST}: {error}") from error
     return Ensemble(members, manifest.references_ev, **parts)
 
 

@@ -18,6 +18,7 @@ from wattier_gnn.structure import DataError
 
 MAX_JSON_BYTES = 8 << 20
 MAX_NAME_LENGTH = 200
+MAX_DIGITS = 19  # with the sign: what 64 bits hold, so that no number overflows where it is used
 CHUNK_BYTES = 1 << 20
 # One part of a path: no separator, no leading dot, nothing that a file system folds but case.
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", re.ASCII)
@@ -146,7 +147,11 @@ def parse_json_object(path: Path, content: bytes) -> dict[str, Any]:
     """A JSON object from bytes, see `read_json_object`."""
     try:
         data = json.loads(
-            content.decode("utf-8"), parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_once
+            content.decode("utf-8"),
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_small,
+            object_pairs_hook=_once,
         )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
@@ -165,6 +170,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is too large")
     return value
+
+
+def _small(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"{text[:20]}... is too large")
+    return int(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class ReleaseManifest:
     members: tuple[str, ...]
     references_ev: Any  # float64 [S, 119]
     files: dict[str, str]
-    uncertainty: dict[str, Any] | None
+    uncertainty: dict[str, Any]
     data: dict[str, Any]
     sha256: str
 
@@ -172,10 +172,10 @@ def _files(files: Any) -> dict[str, str]:
     return files
 
 
-def _uncertainty(data: dict[str, Any]) -> dict[str, Any] | None:
+def _uncertainty(data: dict[str, Any]) -> dict[str, Any]:
     """Schema 1 had two scales of the spread, under another key."""
-    blocks = {"calibration": data["calibration"]} if data["schema_version"] == 1 else data.get("uncertainty")
-    if blocks is not None and not isinstance(blocks, dict):
+    blocks = {"calibration": data["calibration"]} if data["schema_version"] == 1 else data["uncertainty"]
+    if not isinstance(blocks, dict):
         raise TypeError(f"uncertainty is {blocks!r:.60}, but must be a JSON object")
     return blocks
 

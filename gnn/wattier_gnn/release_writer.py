@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from wattier_gnn.ensemble import Ensemble
+from wattier_gnn.ensemble import Ensemble, ensemble_blocks
 from wattier_gnn.files import make_folder, sha256_of
 from wattier_gnn.release import load_release, other_files
 from wattier_gnn.release_files import PART, is_safe_name, twins
 from wattier_gnn.release_manifest import CONFIG, MANIFEST, SCHEMA_VERSION, WEIGHTS, read_manifest, seal
 from wattier_gnn.release_member import weights_bytes
-from wattier_gnn.release_uncertainty import ensemble_blocks
 from wattier_gnn.structure import DataError
 
 

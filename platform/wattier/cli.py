@@ -115,8 +115,10 @@ def evaluate(target: Target) -> None:
     _refuse_own_model(target, "evaluate")
     with _opened(target) as (rundir, config, console):
         from wattier import run as steps
+        from wattier.evaluate_console import print_evaluation
 
         steps.evaluate(rundir, config, console)
+        print_evaluation(rundir, console.console)
 
 
 @app.command()

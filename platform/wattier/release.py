@@ -7,14 +7,15 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
+
 from wattier.config import RunConfig
 from wattier.errors import UserError
+from wattier.evaluate import released_ensemble
 from wattier.ledger import LedgerInfo, ledger_info
 from wattier.model_card import CardFacts, release_texts
 from wattier.records import PhaseEnergy, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir
-from wattier.trial import load_member
-from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.release_writer import write_release
 from wattier_gnn.store import Store
 
@@ -39,7 +40,7 @@ def export_release(run: RunDir, config: RunConfig, output: Path | None = None) -
         raise UserError(f"{run.path}: is not evaluated yet. Run `wattier evaluate` first.")
     members = _members(run, evaluation)
     store = Store(run.store_path)
-    ensemble = _ensemble(run, members, store, evaluation)
+    ensemble = released_ensemble(run, members, store, evaluation, torch.device("cpu"))
     ledger, data = ledger_info(run), data_facts(store.meta["by_source"], config.data.sources)
     facts = [member_facts(member) for member in members]
     names = [member.trial_id for member in members]
@@ -83,13 +84,6 @@ def _members(run: RunDir, evaluation: Mapping[str, Any]) -> list[TrialResult]:
             "Run `wattier evaluate` again."
         )
     return [results[name] for name in names]
-
-
-def _ensemble(run: RunDir, members: list[TrialResult], store: Store, evaluation: Mapping[str, Any]) -> Ensemble:
-    """The very ensemble that was evaluated, on the CPU."""
-    calibration = evaluation["calibration"]
-    models = tuple(load_member(run.path / str(member.checkpoint)) for member in members)
-    return Ensemble(models, store.references, calibration["energy"]["scale"], calibration["forces"]["scale"])
 
 
 def member_facts(member: TrialResult) -> dict[str, Any]:
