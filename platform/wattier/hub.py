@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from wattier.errors import UserError
 from wattier_gnn.release import MANIFEST, verify_release
-from wattier_gnn.release_manifest import ReleaseManifest
+from wattier_gnn.release_files import check_hash, read_verified
+from wattier_gnn.release_manifest import WEIGHTS, ReleaseManifest
 
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 1.0
@@ -64,16 +65,24 @@ def push_release(  # noqa: PLR0913  (one parameter an option)
 
     def push() -> str:
         # Made anew for each try: the library marks what it has uploaded.
-        files = [CommitOperationAdd(name, str(folder / name)) for name in (*manifest.files, MANIFEST)]
+        files = [CommitOperationAdd(name, content) for name, content in _contents(folder, manifest)]
         api.create_repo(repository, private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         message = f"{manifest.name}, exported by Wattier {manifest.data['wattier_version']}"
         commit = api.create_commit(repository, files, commit_message=message, revision=revision)
-        _check_hashes(folder, manifest, files)
         return str(commit.commit_url)
 
     return _with_patience(push, where, wait)
+
+
+def quiet() -> None:
+    """Draw no progress bars, which fill a log."""
+    try:
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        return
+    disable_progress_bars()
 
 
 def _check_endpoint(endpoint: str) -> None:
@@ -84,12 +93,18 @@ def _check_endpoint(endpoint: str) -> None:
         raise UserError(f"--endpoint: is {endpoint!r}, but must be an address that begins with https:// or http://.")
 
 
-def _check_hashes(folder: Path, manifest: ReleaseManifest, files: list[Any]) -> None:
-    """What was pushed must be what was checked before; a file may have been changed in between."""
-    for file in files:
-        due = manifest.files.get(file.path_in_repo, manifest.sha256)
-        if file.upload_info.sha256.hex() != due:
-            raise UserError(f"{folder / file.path_in_repo}: was changed while it was pushed. Push it again.")
+def _contents(folder: Path, manifest: ReleaseManifest) -> Iterator[tuple[str, bytes | str]]:
+    """The bytes that have been checked, of each file; of weights, which may be large, the path.
+
+    The hub refuses weights whose hash is not the one announced, which is compared here.
+    """
+    hashes = {**manifest.files, MANIFEST: manifest.sha256}
+    for name, due in hashes.items():
+        if name.endswith(f"/{WEIGHTS}"):
+            check_hash(folder, name, due)
+            yield name, str(folder / name)
+        else:
+            yield name, read_verified(folder, name, due)
 
 
 def _with_patience(push: Callable[[], T], where: str, wait: Callable[[float], None]) -> T:
@@ -97,10 +112,12 @@ def _with_patience(push: Callable[[], T], where: str, wait: Callable[[float], No
     for attempt in itertools.count(1):
         try:
             return push()
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (_transport_error(), OSError, RuntimeError, ValueError, KeyError) as error:
             cause = _cause(error)
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            if attempt < ATTEMPTS and (_is_of_transport(cause) if status is None else status >= 500 or status == 429):
+            if attempt < ATTEMPTS and (
+                isinstance(cause, _transport_error()) if status is None else status >= 500 or status == 429
+            ):
                 wait(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
                 continue
             raise UserError(f"{where}: {_reason(cause, status)}") from error
@@ -112,11 +129,12 @@ def _cause(error: Exception) -> BaseException:
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
 
 
-def _is_of_transport(error: BaseException) -> bool:
-    """Whether no answer came. The library has changed its HTTP client before, so that goes by its own base class."""
+def _transport_error() -> type[Exception]:
+    """What the library's HTTP client raises; the library has changed that client, so it is asked what its own is."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return isinstance(error, HfHubHTTPError.__mro__[1])
+    base: type[Exception] = HfHubHTTPError.__mro__[1]
+    return base
 
 
 def _reason(error: BaseException, status: int | None) -> str:
@@ -130,6 +148,6 @@ def _reason(error: BaseException, status: int | None) -> str:
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200] or type(error).__name__
     if status is not None:
         return f"answers {status} ({said}). Try again later."
-    if _is_of_transport(error):
+    if isinstance(error, _transport_error()):
         return f"cannot be reached ({said}). Check the network and --endpoint."
     return f"does not answer as a hub does ({said}). Check --endpoint."
