@@ -76,15 +76,6 @@ def push_release(  # noqa: PLR0913  (one parameter an option)
     return _with_patience(push, where, wait)
 
 
-def quiet() -> None:
-    """Draw no progress bars, which fill a log."""
-    try:
-        from huggingface_hub.utils import disable_progress_bars
-    except ImportError:
-        return
-    disable_progress_bars()
-
-
 def _check_endpoint(endpoint: str) -> None:
     parts = urlsplit(endpoint)
     if "@" in parts.netloc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,8 +35,8 @@ def push(
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Another branch than the main one.")] = None,
 ) -> None:
     """Push a release to a model hub, in one commit. The token is that of HF_TOKEN or of `hf auth login`."""
-    from wattier.hub import push_release, quiet
-
     if not sys.stderr.isatty():
-        quiet()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would fill a log; read when it is imported
+    from wattier.hub import push_release
+
     typer.echo(push_release(release, repository, endpoint=endpoint, private=private, revision=revision))
