@@ -139,9 +139,10 @@ def test_one_member_has_no_deviation_but_an_interval_of_one_width_by_size_and_so
 def test_one_member_with_a_head_of_its_own_says_what_it_expects() -> None:
     expects = np.array([0.1, 1.0])
     single = Said(np.full(2, np.nan), 0.0, expects, np.zeros(2, int), np.ones(2))
-    sure = QuantityCalibration(PRIOR_DOF, (7.0,), (2.0,), (3.0,), ONE).sureness(single)
-    np.testing.assert_allclose(sure.std, 2 * expects)
-    np.testing.assert_allclose(sure.half_width, 3 * expects)
+    sure = QuantityCalibration(PRIOR_DOF, (0.7,), (2.0,), (3.0,), ONE).sureness(single)
+    np.testing.assert_allclose(sure.std, 2 * np.sqrt(expects**2 + 0.7**2), err_msg="with its source's usual error")
+    np.testing.assert_allclose(sure.half_width, 3 * np.sqrt(expects**2 + 0.7**2))
+    np.testing.assert_allclose(sure.aleatoric, 2 * expects)
     assert np.isnan(sure.epistemic).all(), "one member cannot say what others would"
 
 
