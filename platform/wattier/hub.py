@@ -19,6 +19,11 @@ ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 1.0
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 TOKEN_ADVICE = "Set HF_TOKEN, or log in once with `hf auth login`."
+REFUSALS = {
+    401: f"the token is missing or not accepted (401), but must be valid. {TOKEN_ADVICE}",
+    403: "the token may not write there (403), but must. Use one with write access, or another repository.",
+    404: "there is no such place (404). Check ORG/NAME and --endpoint, and that the token may see it.",
+}
 T = TypeVar("T")
 
 
@@ -130,12 +135,10 @@ def _transport_error() -> type[Exception]:
 
 def _reason(error: BaseException, status: int | None) -> str:
     """Why, in words that hold no header and so no token."""
-    if status == 401:
-        return f"the token is missing or not accepted (401), but must be valid. {TOKEN_ADVICE}"
-    if status == 403:
-        return "the token may not write there (403), but must. Use one with write access, or another repository."
-    if status == 404:
-        return "there is no such place (404). Check ORG/NAME and --endpoint, and that the token may see it."
+    if isinstance(error, UnicodeError):
+        return f"the token holds a character that no token has, but must be one. {TOKEN_ADVICE}"
+    if status in REFUSALS:
+        return REFUSALS[status]
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200] or type(error).__name__
     if status is not None:
         return f"answers {status} ({said}). Try again later."

@@ -150,6 +150,15 @@ def test_no_token_or_a_wrong_one(token, push, hub, monkeypatch, caplog):
     assert not hub.repositories
 
 
+@pytest.mark.parametrize("token", ["hf_s3cret\u00e9\u4e2d", "hf_s3cret\x01x", "hf_s3cret\nX-Evil: 1", "hf_s3cret\x7f"])
+def test_a_token_that_no_header_can_hold_is_not_repeated(token, push, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match=r"the token .*Set HF_TOKEN") as refused:
+        push()
+    assert "s3cret" not in str(refused.value)
+    assert not hub.repositories
+
+
 def test_nobody_listens(push):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused

@@ -143,6 +143,16 @@ def test_the_manifest_says_where_it_is_from(exported):
     assert manifest["parent"] is None
 
 
+def test_the_documentation_names_every_key(exported):
+    text = (REPOSITORY / "docs" / "release.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(verify_release(exported[2]).data)
+    listed = {line.split()[0] for line in text.split("```")[1].splitlines() if line}
+    found = {re.sub("full-[0-9]+", "<member>", p.relative_to(exported[2]).as_posix())
+             for p in exported[2].rglob("*") if p.is_file()}  # fmt: skip
+    assert found == listed
+
+
 def test_one_member_and_fifteen(make_run):
     for n in (1, 15):
         run, config = make_run(n)
