@@ -65,7 +65,7 @@ def push_release(  # noqa: PLR0913  (one parameter an option)
         from huggingface_hub import CommitOperationAdd, HfApi
     except ImportError as error:
         raise UserError("huggingface_hub: is not installed, but a push needs it. pip install 'wattier[hub]'") from error
-    api = HfApi(endpoint=endpoint, library_name="wattier", library_version=str(manifest.data["wattier_version"]))
+    api = HfApi(endpoint=endpoint, library_name="wattier", library_version=manifest.wattier_version)
     where = f"{api.endpoint}: {repository}"
 
     def push() -> str:
@@ -74,7 +74,7 @@ def push_release(  # noqa: PLR0913  (one parameter an option)
         api.create_repo(repository, private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        message = f"{manifest.name}, exported by Wattier {manifest.data['wattier_version']}"
+        message = f"{manifest.name}, exported by Wattier {manifest.wattier_version}"
         commit = api.create_commit(repository, files, commit_message=message, revision=revision)
         return str(commit.commit_url)
 

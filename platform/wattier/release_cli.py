@@ -23,7 +23,9 @@ def verify(release: Release) -> None:
         f"{len(manifest.files)} files have their sha256; manifest {manifest.sha256}"
     )
     if others := other_files(release, manifest):
-        shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        shown = ", ".join(name if name.isprintable() else repr(name) for name in others[:3]) + (
+            " ..." if len(others) > 3 else ""
+        )
         typer.echo(f"not of the release, never read: {shown}")
 
 
