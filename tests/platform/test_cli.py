@@ -26,6 +26,7 @@ VERBS = [
     "doctor",
     "evaluate",
     "export",
+    "push",
     "report",
     "run",
     "search",
@@ -35,6 +36,7 @@ VERBS = [
     "submit",
     "telemetry",
     "train",
+    "verify",
 ]
 CONFIG_VERBS = ["params", "schema", "show"]
 DATA_VERBS = ["export", "fetch", "ingest", "stats", "verify"]
