@@ -42,7 +42,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prediction:
-    """energy [B] eV relative to the source's composition reference; forces [N, 3] eV/Angstrom."""
+    """energy [B] eV relative to the source's composition reference; forces [N, 3] eV/Angstrom.
+
+    strain_derivative [B, 3, 3] eV is that of the energy, symmetric: over the volume it is the stress. None where it was
+    not asked for.
+    """
 
     energy: Tensor
     forces: Tensor
+    strain_derivative: Tensor | None = None
