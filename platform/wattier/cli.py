@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
+from wattier.predict_cli import predict
 from wattier.submit_cli import submit
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def export(target: Target) -> None:
         typer.echo(export_release(rundir, rundir.config()))
 
 
+app.command()(predict)
 app.command()(submit)
 
 
