@@ -12,7 +12,8 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from wattier_gnn.ensemble import Ensemble, EnsemblePrediction, chosen_device
+from wattier_gnn.devices import chosen_device
+from wattier_gnn.ensemble import Ensemble, EnsemblePrediction
 from wattier_gnn.model import source_index_of
 from wattier_gnn.release import load_release
 from wattier_gnn.structure import Structure
@@ -36,10 +37,10 @@ class WattierCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
             to the labels, since such members were trained on the forces of their head.
 
     Results: energy, free_energy, forces; stress in Voigt order where the structure repeats in three directions, always
-    the strain derivative of the energy; where there are several members also energy_std and forces_std (calibrated),
-    stress_std (as the members spread), and what MACE's calculator says of a committee, under its names: of each member
-    energy_comm [M], forces_comm [M, N, 3] and stress_comm [M, 6], and of all energy_var, forces_var and stress_var,
-    the variances over members, not calibrated.
+    the strain derivative of the energy; where they are known energy_std and forces_std (calibrated, on the forces that
+    members were trained for) and stress_std (as the members spread); and where there are several members what MACE's
+    calculator says of a committee, under its names: of each member energy_comm [M], forces_comm [M, N, 3] and
+    stress_comm [M, 6], and of all energy_var, forces_var and stress_var, the variances over members, not calibrated.
 
     Attributes:
         is_conservative: whether forces are minus the gradient of the energy, as molecular dynamics and geometry
@@ -71,8 +72,10 @@ class WattierCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         self.ensemble = ensemble.moved(chosen_device(device), getattr(torch, precision))
         self.source, self.conservative = source, conservative
         self.is_conservative = conservative or ensemble.is_conservative
-        if len(ensemble.members) > 1:  # one member cannot say how sure it is
+        if len(ensemble.members) > 1:
             self.implemented_properties = [*PROPERTIES, *SPREADS, *COMMITTEE]
+        elif any(member.config.energy_variance for member in ensemble.members):
+            self.implemented_properties = [*PROPERTIES, "energy_std"]
 
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
@@ -114,21 +117,16 @@ def _results(prediction: EnsemblePrediction) -> dict[str, Any]:
         "energy_comm": prediction.member_energies_ev[:, 0],
         "forces_comm": prediction.member_forces_ev_per_angstrom,
     }
-    spreads = {
-        "energy_std": prediction.energy_std_ev[0],
-        "forces_std": prediction.forces_std_ev_per_angstrom,
-    }
+    spreads = {"energy_std": prediction.energy_std_ev[0], "forces_std": prediction.forces_std_ev_per_angstrom}
     if prediction.stress_ev_per_angstrom3 is not None:
         results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress_ev_per_angstrom3[0])
         results["stress_comm"] = full_3x3_to_voigt_6_stress(prediction.member_stresses_ev_per_angstrom3[:, 0])
         spreads["stress_std"] = full_3x3_to_voigt_6_stress(prediction.stress_std_ev_per_angstrom3[0])
+    # What is not known, as where one member has no other to disagree with, is not there.
+    results |= {name: values for name, values in spreads.items() if np.isfinite(values).all()}
     if len(prediction.member_energies_ev) > 1:
-        variances = {
-            name.replace("_comm", "_var"): values.var(axis=0) for name, values in results.items() if name in COMMITTEE
-        }
-        results |= spreads | variances
-        results |= {name: float(results[name]) for name in ("energy_std", "energy_var")}
-    return results
+        results |= {n.replace("_comm", "_var"): v.var(axis=0) for n, v in results.items() if n in COMMITTEE}
+    return {name: float(value) if np.ndim(value) == 0 else value for name, value in results.items()}
 
 
 def structure_of(atoms: Atoms) -> Structure:

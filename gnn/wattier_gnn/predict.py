@@ -191,17 +191,18 @@ def _about_structure(said: EnsemblePrediction, k: int) -> dict[str, Any]:
     values = {
         "energy": said.energy_ev,
         "energy_std": said.energy_std_ev,
-        "energy_interval": getattr(said, "energy_interval_ev", None),
+        "energy_interval": said.energy_interval_ev,
     }
     if said.stress_ev_per_angstrom3 is not None:
         values["stress"] = full_3x3_to_voigt_6_stress(said.stress_ev_per_angstrom3)
         values["stress_std"] = full_3x3_to_voigt_6_stress(said.stress_std_ev_per_angstrom3)
     info = {f"{PREFIX}{n}": v[k] for n, v in values.items() if v is not None and np.isfinite(v[k]).all()}
-    strange = getattr(said, "out_of_distribution", None)
+    strange = said.out_of_distribution
     if strange is not None:
-        info[f"{PREFIX}out_of_distribution"] = strange[k] is not None
-        if strange[k] is not None:
-            info[f"{PREFIX}out_of_distribution_reason"] = readable(strange[k])
+        reason = strange[k]
+        info[f"{PREFIX}out_of_distribution"] = reason is not None
+        if reason is not None:
+            info[f"{PREFIX}out_of_distribution_reason"] = readable(reason)
     return info
 
 
@@ -261,6 +262,6 @@ def _count(tally: Tally, batch: list[Frame], said: EnsemblePrediction) -> None:
         np.full((n, 3), math.nan) if x["forces"] is None else x["forces"] for n, x in zip(n_atoms, labels, strict=True)
     ]
     tally.add("forces_error_ev_per_angstrom", np.abs(said.forces_ev_per_angstrom - np.concatenate(forces)))
-    strange = getattr(said, "out_of_distribution", None)
+    strange = said.out_of_distribution
     if strange is not None:
         tally.strange = (tally.strange or 0) + sum(reason is not None for reason in strange)

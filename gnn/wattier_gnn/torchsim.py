@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wattier_gnn.ensemble import Ensemble, chosen_device
+from wattier_gnn.devices import chosen_device
+from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.model import source_index_of
 from wattier_gnn.release import load_release
 from wattier_gnn.structure import Structure

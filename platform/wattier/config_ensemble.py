@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,3 +35,14 @@ class FullTrainingSection(Section):
     ranks: Positive = 1
     warm_start: bool = False
     budget: BudgetSection | None = None
+
+
+class EnsembleSection(Section):
+    """How the trained members become one answer, and how sure it says it is; may change after training.
+
+    weights: equal, or fitted to validation errors (never below 0, drawn towards equal, the same for all sources).
+    coverage: the share of errors that intervals are meant to cover.
+    """
+
+    weights: Literal["equal", "fitted"] = "equal"
+    coverage: Annotated[float, Field(ge=0.5, le=0.99)] = 0.9

@@ -71,7 +71,7 @@ def predict(  # noqa: PLR0913, PLR0917  (one parameter an option)
 def _loaded(release: Path, source: str | None, device: str) -> tuple[Ensemble, str]:
     """The release on its device, and the source to predict at."""
     from wattier.errors import UserError
-    from wattier_gnn.ensemble import chosen_device
+    from wattier_gnn.devices import chosen_device
     from wattier_gnn.release import load_release
 
     ensemble = load_release(release)

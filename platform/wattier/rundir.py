@@ -38,6 +38,7 @@ __all__ = [
 _MAY_CHANGE = {
     "search": ("budget", "max_concurrent", "storage"),
     "full_training": ("budget",),
+    "ensemble": ("weights", "coverage"),
     "resources": ("address", "retries"),
 }
 
