@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -235,7 +236,9 @@ def _is_column(name: str, values: Any) -> bool:
 def _can_be_told(name: Any, value: Any) -> bool:
     """Whether ASE reads from a comment line what it writes there."""
     try:
-        text = key_val_dict_to_str({name: readable(value) if isinstance(value, str) else value})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it leaves out
+            text = key_val_dict_to_str({name: readable(value) if isinstance(value, str) else value})
         return text.isprintable() and list(key_val_str_to_dict(text)) == [name]
     except Exception:  # noqa: BLE001  (ASE's writer has no error of its own)
         return False

@@ -16,39 +16,17 @@ from ase.calculators.fd import FiniteDifferenceCalculator, calculate_numerical_f
 from ase.calculators.test import gradient_test
 from ase.io import read, write
 from ase.stress import voigt_6_to_full_3x3_stress
+from ensembles import untrained
 
 from wattier_gnn.calculator import COMMITTEE, WattierCalculator
 from wattier_gnn.ensemble import Ensemble
-from wattier_gnn.model import ModelConfig, build_model
 from wattier_gnn.structure import DataError
 
-NUMBERS = [1, 6, 8, 11, 13, 17, 29]
-
 
 @pytest.fixture(scope="module")
-def ensemble_of() -> Callable[..., Ensemble]:
-    """Untrained members of other seeds, cutoffs and sizes, that know some elements."""
-
-    def make(*, members: int = 3, **changes: Any) -> Ensemble:
-        references = np.zeros((2, 119))
-        references[:, NUMBERS] = -0.1 * np.array(NUMBERS)
-        models = []
-        for seed in range(members):
-            config = {
-                "sources": ("a", "b"), "energy_scale_ev": (50.0, 100.0), "mean_neighbors": 12.0,
-                "cutoff_angstrom": 4.0 - 0.5 * (seed % 2), "hidden_dim": 12 + 4 * seed, "n_layers": 2, "n_radial": 6,
-                "head_dim": 10,
-            }  # fmt: skip
-            models.append(build_model(ModelConfig(**{**config, **changes}), seed))
-        return Ensemble(tuple(models), references)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def calculator(ensemble_of: Any) -> Callable[..., WattierCalculator]:
+def calculator() -> Callable[..., WattierCalculator]:
     def make(*, precision: Any = "float64", conservative: bool = False, **changes: Any) -> WattierCalculator:
-        return WattierCalculator(ensemble_of(**changes), "a", precision=precision, conservative=conservative)
+        return WattierCalculator(untrained(**changes), "a", precision=precision, conservative=conservative)
 
     return make
 
@@ -211,8 +189,8 @@ def test_nothing_is_computed_twice(calculator: Any, monkeypatch: pytest.MonkeyPa
     assert calls == [False, True]  # there it costs a derivative, and is made when it is asked for
 
 
-def test_two_calculators_of_one_ensemble_do_not_change_each_other(ensemble_of: Any) -> None:
-    ensemble, atoms = ensemble_of(precision="bfloat16"), methanol()
+def test_two_calculators_of_one_ensemble_do_not_change_each_other() -> None:
+    ensemble, atoms = untrained(precision="bfloat16"), methanol()
     rough = WattierCalculator(ensemble, "a")
     before = rough.get_potential_energy(atoms)
     exact = WattierCalculator(ensemble, "a", precision="float64")
@@ -291,8 +269,8 @@ def test_odd_structures_are_answered(atoms: Atoms, calculator: Any) -> None:
         assert np.isfinite(atoms.get_stress()).all()
 
 
-def test_wrong_arguments_are_refused(ensemble_of: Any, tmp_path: Path) -> None:
-    ensemble = ensemble_of(members=1)
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    ensemble = untrained(members=1)
     with pytest.raises(ValueError, match="source is 'c', but must be one of a, b"):
         WattierCalculator(ensemble, "c")
     with pytest.raises(ValueError, match="precision is 'float16'"):
