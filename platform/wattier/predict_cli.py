@@ -117,25 +117,31 @@ class _Progress:
 
 def summary(tally: Tally, source: str, is_conservative: bool) -> list[str]:
     """What came of it, in lines: how many, how sure, how far from the labels that the files held."""
-    skipped = f"; {tally.skipped:,} frames skipped" if tally.skipped else ""
-    lines = [f"{tally.structures:,} structures, {tally.atoms:,} atoms, at the level of {source}{skipped}"]
+    skipped = f"; {_counted(tally.skipped, 'frame')} skipped" if tally.skipped else ""
+    what = f"{_counted(tally.structures, 'structure')}, {_counted(tally.atoms, 'atom')}"
+    lines = [f"{what}, at the level of {source}{skipped}"]
     spread = {name: tally.mean(name) for name in ("energy_std_ev_per_atom", "forces_std_ev_per_angstrom")}
     lines.append(
         f"mean std: energy {_told(spread['energy_std_ev_per_atom'])} eV/atom, "
         f"forces {_told(spread['forces_std_ev_per_angstrom'])} eV/A"
     )
     if tally.strange is not None:
-        lines.append(f"unlike the training data: {tally.strange:,} structures")
+        lines.append(f"unlike the training data: {_counted(tally.strange, 'structure')}")
     n_energies = tally.sums["energy_error_ev_per_atom"][1]
     if n_energies:
+        energy, forces = (tally.mean(name) for name in ("energy_error_ev_per_atom", "forces_error_ev_per_angstrom"))
         lines.append(
-            f"mean absolute error against the files' labels: energy {_told(tally.mean('energy_error_ev_per_atom'))} "
-            f"eV/atom ({n_energies:,} structures), forces {_told(tally.mean('forces_error_ev_per_angstrom'))} eV/A; "
-            f"of use only where their level of theory is that of {source}"
+            f"mean absolute error against the files' labels: energy {_told(energy)} eV/atom "
+            f"({_counted(n_energies, 'structure')}), forces {_told(forces)} eV/A; of use only where their level of "
+            f"theory is that of {source}"
         )
     if not is_conservative:
         lines.append("forces are predicted directly by some members: they are not the gradient of the energy")
     return lines
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _told(value: float) -> str:

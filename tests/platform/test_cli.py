@@ -26,6 +26,7 @@ VERBS = [
     "doctor",
     "evaluate",
     "export",
+    "predict",
     "report",
     "run",
     "search",
