@@ -88,8 +88,8 @@ class QuantityCalibration:
         if said.dof > 0:
             variance = (said.dof * said.spread**2 + self.prior_dof * prior**2) / (said.dof + self.prior_dof)
             epistemic = np.sqrt(variance)
-        else:  # nothing to moderate: a constant, unless the member says more
-            epistemic = np.where(np.isnan(said.aleatoric), prior, 0.0)
+        else:  # nothing to moderate: what the source's errors usually are stands for what others would say
+            epistemic = prior
         return epistemic, np.maximum(np.hypot(epistemic, np.nan_to_num(said.aleatoric)), SMALLEST_STD)
 
     def to_dict(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _descriptor(folder: Path, name: str) -> int:
 def _is_link(path: Path) -> DataError:
     return DataError(
         f"{path}: is or lies behind a link, but must be a file of the release's own folder. Copy the release with its "
-        "files (cp -rL), if you trust where it links to."
+        "files (cp -rL) if you trust where it links to, or download it into a folder of its own."
     )
 
 

@@ -21,9 +21,13 @@ MANIFEST = "manifest.json"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_ENERGY_EV = 1e9  # of one atom; the heaviest all-electron atoms have about 1e6
 MAX_MEMBERS = 1000
+MAX_LINE_LENGTH = 1000
 SEAL = "seal_sha256"  # of the manifest's own bytes with zeros in place of these digits
 _ZEROS = b"0" * 64
-_VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){0,4}((a|b|rc|\.post|\.dev)[0-9]{1,6})?", re.ASCII)
+_VERSION = re.compile(
+    r"[0-9]{1,6}(\.[0-9]{1,6}){0,4}((a|b|rc|\.post|\.dev)[0-9]{1,6})?(\.dev[0-9]{1,6})?(\+[A-Za-z0-9.]{1,40})?",
+    re.ASCII,
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -36,6 +40,7 @@ class ReleaseManifest:
     """
 
     name: str
+    wattier_version: str
     sources: tuple[str, ...]
     members: tuple[str, ...]
     references_ev: Any  # float64 [S, 119]
@@ -104,7 +109,7 @@ def _check_version(path: Path, data: dict[str, Any]) -> None:
     if type(version) is not int or version < max(READABLE_VERSIONS):
         raise DataError(f"{path}: schema_version is {version!r:.40}, but {readable}. Get the release anew.")
     known = isinstance(maker, str) and _VERSION.fullmatch(maker)  # a shell command is made of it: nothing else will do
-    install = f"pip install 'wattier>={maker}'" if known else "pip install --upgrade wattier"
+    install = f"pip install 'wattier>={str(maker).partition('+')[0]}'" if known else "pip install --upgrade wattier"
     raise DataError(
         f"{path}: schema_version is {version}, but {readable}: the release was made by a newer wattier"
         f"{f' ({maker})' if known else ''}. Install it: {install}"
@@ -115,6 +120,7 @@ def _manifest(data: dict[str, Any], sha256: str) -> ReleaseManifest:
     sources = _names(data, "sources")
     manifest = ReleaseManifest(
         name=_text(data, "name"),
+        wattier_version=_version(data),
         sources=sources,
         members=_members(data),
         references_ev=_references(data["references_ev"], len(sources)),
@@ -130,15 +136,27 @@ def _manifest(data: dict[str, Any], sha256: str) -> ReleaseManifest:
 
 
 def _text(data: dict[str, Any], key: str) -> str:
-    if not isinstance(data[key], str):
-        raise TypeError(f"{key} is {data[key]!r:.60}, but must be a text")
+    if not _is_line(data[key]):
+        raise TypeError(f"{key} is {data[key]!r:.60}, but must be a line of text")
     return str(data[key])
+
+
+def _version(data: dict[str, Any]) -> str:
+    version = data["wattier_version"]
+    if not isinstance(version, str) or not _VERSION.fullmatch(version):
+        raise ValueError(f"wattier_version is {version!r:.60}, but must be a version")
+    return version
+
+
+def _is_line(value: Any) -> bool:
+    """A text that may be shown: no control characters, which could steer a terminal, and no end of line."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_LINE_LENGTH and value.isprintable()
 
 
 def _names(data: dict[str, Any], key: str) -> tuple[str, ...]:
     """A list of texts, at least one, none empty, none twice."""
     found = data[key]
-    if not isinstance(found, list) or not found or not all(isinstance(name, str) and name for name in found):
+    if not isinstance(found, list) or not found or not all(map(_is_line, found)):
         raise TypeError(f"{key} is {found!r:.60}, but must be a list of names")
     if len(set(found)) != len(found):
         raise ValueError(f"{key} names one twice: {found!r:.200}")

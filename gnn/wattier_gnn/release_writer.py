@@ -120,7 +120,7 @@ def _parent(folder: Path) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "manifest_sha256": manifest.sha256,
-        "wattier_version": manifest.data.get("wattier_version"),
+        "wattier_version": manifest.wattier_version,
     }
 
 

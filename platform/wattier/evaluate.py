@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -207,8 +208,8 @@ def _weights_block(members: Sequence[TrialResult], fitted: FittedWeights | None)
     if fitted is not None:
         method = (
             "least squares of validation errors over weights of 0 or more with the sum 1, drawn towards equal weights "
-            f"by a ridge of {fitted.ridge:g} that cross-validation over groups chose"
-        )
+            "by a ridge that cross-validation over groups chose: "
+        ) + ("no others were better" if math.isinf(fitted.ridge) else f"{fitted.ridge:g} of the mean square error")
     return {
         "kind": "equal" if fitted is None else "fitted",
         "method": method,

@@ -163,7 +163,7 @@ def _method(ensemble: Ensemble) -> str:
     if degrees_of_freedom(weights) > 0:
         score = "|error| over the moderated spread of the members"
     elif all(member.config.energy_variance for member in ensemble.members):
-        score = "|error| over what the member itself expects, and of forces |error| over a constant of the source"
+        score = "|error| over what the member itself expects and its source usually shows; of forces, over a constant"
     else:
         score = "|error|, by atoms for energies, over a constant of the source: one member has no spread"
     return f"split conformal on validation: the quantile of {score}"

@@ -5,19 +5,25 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from wattier.errors import UserError
 from wattier_gnn.release import MANIFEST, verify_release
-from wattier_gnn.release_manifest import ReleaseManifest
+from wattier_gnn.release_files import check_hash, read_verified
+from wattier_gnn.release_manifest import WEIGHTS, ReleaseManifest
 
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 1.0
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 TOKEN_ADVICE = "Set HF_TOKEN, or log in once with `hf auth login`."
+REFUSALS = {
+    401: f"the token is missing or not accepted (401), but must be valid. {TOKEN_ADVICE}",
+    403: "the token may not write there (403), but must. Use one with write access, or another repository.",
+    404: "there is no such place (404). Check ORG/NAME and --endpoint, and that the token may see it.",
+}
 T = TypeVar("T")
 
 
@@ -59,18 +65,17 @@ def push_release(  # noqa: PLR0913  (one parameter an option)
         from huggingface_hub import CommitOperationAdd, HfApi
     except ImportError as error:
         raise UserError("huggingface_hub: is not installed, but a push needs it. pip install 'wattier[hub]'") from error
-    api = HfApi(endpoint=endpoint, library_name="wattier", library_version=str(manifest.data["wattier_version"]))
+    api = HfApi(endpoint=endpoint, library_name="wattier", library_version=manifest.wattier_version)
     where = f"{api.endpoint}: {repository}"
 
     def push() -> str:
         # Made anew for each try: the library marks what it has uploaded.
-        files = [CommitOperationAdd(name, str(folder / name)) for name in (*manifest.files, MANIFEST)]
+        files = [CommitOperationAdd(name, content) for name, content in _contents(folder, manifest)]
         api.create_repo(repository, private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        message = f"{manifest.name}, exported by Wattier {manifest.data['wattier_version']}"
+        message = f"{manifest.name}, exported by Wattier {manifest.wattier_version}"
         commit = api.create_commit(repository, files, commit_message=message, revision=revision)
-        _check_hashes(folder, manifest, files)
         return str(commit.commit_url)
 
     return _with_patience(push, where, wait)
@@ -84,12 +89,18 @@ def _check_endpoint(endpoint: str) -> None:
         raise UserError(f"--endpoint: is {endpoint!r}, but must be an address that begins with https:// or http://.")
 
 
-def _check_hashes(folder: Path, manifest: ReleaseManifest, files: list[Any]) -> None:
-    """What was pushed must be what was checked before; a file may have been changed in between."""
-    for file in files:
-        due = manifest.files.get(file.path_in_repo, manifest.sha256)
-        if file.upload_info.sha256.hex() != due:
-            raise UserError(f"{folder / file.path_in_repo}: was changed while it was pushed. Push it again.")
+def _contents(folder: Path, manifest: ReleaseManifest) -> Iterator[tuple[str, bytes | str]]:
+    """The bytes that have been checked, of each file; of weights, which may be large, the path.
+
+    The hub refuses weights whose hash is not the one announced, which is compared here.
+    """
+    hashes = {**manifest.files, MANIFEST: manifest.sha256}
+    for name, due in hashes.items():
+        if name.endswith(f"/{WEIGHTS}"):
+            check_hash(folder, name, due)
+            yield name, str(folder / name)
+        else:
+            yield name, read_verified(folder, name, due)
 
 
 def _with_patience(push: Callable[[], T], where: str, wait: Callable[[float], None]) -> T:
@@ -97,10 +108,12 @@ def _with_patience(push: Callable[[], T], where: str, wait: Callable[[float], No
     for attempt in itertools.count(1):
         try:
             return push()
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (_transport_error(), OSError, RuntimeError, ValueError, KeyError) as error:
             cause = _cause(error)
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            if attempt < ATTEMPTS and (_is_of_transport(cause) if status is None else status >= 500 or status == 429):
+            if attempt < ATTEMPTS and (
+                isinstance(cause, _transport_error()) if status is None else status >= 500 or status == 429
+            ):
                 wait(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
                 continue
             raise UserError(f"{where}: {_reason(cause, status)}") from error
@@ -112,24 +125,23 @@ def _cause(error: Exception) -> BaseException:
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
 
 
-def _is_of_transport(error: BaseException) -> bool:
-    """Whether no answer came. The library has changed its HTTP client before, so that goes by its own base class."""
+def _transport_error() -> type[Exception]:
+    """What the library's HTTP client raises; the library has changed that client, so it is asked what its own is."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return isinstance(error, HfHubHTTPError.__mro__[1])
+    base: type[Exception] = HfHubHTTPError.__mro__[1]
+    return base
 
 
 def _reason(error: BaseException, status: int | None) -> str:
     """Why, in words that hold no header and so no token."""
-    if status == 401:
-        return f"the token is missing or not accepted (401), but must be valid. {TOKEN_ADVICE}"
-    if status == 403:
-        return "the token may not write there (403), but must. Use one with write access, or another repository."
-    if status == 404:
-        return "there is no such place (404). Check ORG/NAME and --endpoint, and that the token may see it."
+    if isinstance(error, UnicodeError):
+        return f"the token holds a character that no token has, but must be one. {TOKEN_ADVICE}"
+    if status in REFUSALS:
+        return REFUSALS[status]
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200] or type(error).__name__
     if status is not None:
         return f"answers {status} ({said}). Try again later."
-    if _is_of_transport(error):
+    if isinstance(error, _transport_error()):
         return f"cannot be reached ({said}). Check the network and --endpoint."
     return f"does not answer as a hub does ({said}). Check --endpoint."

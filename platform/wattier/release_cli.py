@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +23,9 @@ def verify(release: Release) -> None:
         f"{len(manifest.files)} files have their sha256; manifest {manifest.sha256}"
     )
     if others := other_files(release, manifest):
-        shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        shown = ", ".join(name if name.isprintable() else repr(name) for name in others[:3]) + (
+            " ..." if len(others) > 3 else ""
+        )
         typer.echo(f"not of the release, never read: {shown}")
 
 
@@ -33,6 +37,8 @@ def push(
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Another branch than the main one.")] = None,
 ) -> None:
     """Push a release to a model hub, in one commit. The token is that of HF_TOKEN or of `hf auth login`."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would fill a log; read when it is imported
     from wattier.hub import push_release
 
     typer.echo(push_release(release, repository, endpoint=endpoint, private=private, revision=revision))

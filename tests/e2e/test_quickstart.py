@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from ase.build import bulk, molecule
+from scipy.stats import binom
 from workplace import REPOSITORY, Workplace, ray_processes
 
 from wattier.ledger import ledger_info
@@ -138,6 +139,20 @@ def test_it_learned_physics(quickstart: Quickstart) -> None:
     for name, metrics in sources.items():
         assert metrics["energy_mae_ev"] <= 0.8 * metrics["reference_energy_mae_ev"], (name, metrics)
     assert sum(metrics["force_correlation"] > 0.5 for metrics in sources.values()) >= 3
+
+
+def test_intervals_cover_what_they_promise(quickstart: Quickstart) -> None:
+    """Of all test structures, and of each source that has 150 of them: within the 99 % binomial band around 90 %."""
+    intervals = quickstart.evaluation["intervals"]
+    assert intervals["target"] == 0.9
+    energy = intervals["energy"]
+    rows = {"all": energy["pooled"]} | {name: row for name, row in energy["by_source"].items() if row["n"] >= 150}
+    for name, row in rows.items():
+        low, high = binom.ppf([0.005, 0.995], row["n"], 0.9) / row["n"]
+        assert low <= row["observed"] <= high, (name, row)
+    assert energy["pooled"]["n"] == sum(source["n_structures"] for source in quickstart.evaluation["sources"].values())
+    forces = intervals["forces"]["pooled"]
+    assert forces["band_low"] <= forces["observed"] <= forces["band_high"], forces
 
 
 def test_phases_are_billed_with_their_method(quickstart: Quickstart) -> None:

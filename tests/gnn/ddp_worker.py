@@ -102,7 +102,7 @@ class CollectiveStore(Store):
 
 
 def make_trainer(store: Store, folder: Path, world: World, forces: ForceMode, **config: Any) -> RecordingTrainer:
-    """13 training structures in steps of 4, 4, 4 and 1; both sources in validation."""
+    """13 training structures in steps of 4, 4, 4 and 1; both sources in validation; heads of every kind."""
     model = ModelConfig(
         sources=store.sources,
         energy_scale_ev=tuple(store.meta["energy_scale_ev"]),
@@ -113,6 +113,7 @@ def make_trainer(store: Store, folder: Path, world: World, forces: ForceMode, **
         n_radial=6,
         head_dim=16,
         forces=forces,
+        energy_variance=True,
     )
     train, val = store.indices(TRAIN), store.indices(VAL)
     return RecordingTrainer(

@@ -55,6 +55,11 @@ def refusal(folder: Path) -> str:
 
 
 class TestWhole:
+    @pytest.mark.parametrize("version", ["0.1.0", "1.2.3rc1", "0.1.dev5+g1a2b3c4.d20261126", "2.0.post1"])
+    def test_versions_that_a_checkout_has(self, version: str, tmp_path: Path) -> None:
+        release = fabricated.release(tmp_path / "release", 1, wattier_version=version)
+        assert verify_release(release).wattier_version == version
+
     @pytest.mark.parametrize("n_members", [1, 15])
     def test_what_is_written_comes_back(self, n_members: int, tmp_path: Path) -> None:
         before = fabricated.ensemble(n_members)
@@ -208,6 +213,10 @@ class TestSchema:
         assert "pip install 'wattier>=0.9.1rc2'" in (line := refusal(folder))
         assert "schema_version is 3, but must be one of 1, 2" in line
 
+    def test_a_version_of_a_checkout_is_named_as_pip_takes_it(self, folder: Path) -> None:
+        fabricated.rewrite(folder, lambda m: m | {"schema_version": 3, "wattier_version": "0.9.1.dev3+gabc12.d2026"})
+        assert refusal(folder).endswith("Install it: pip install 'wattier>=0.9.1.dev3'")
+
     @pytest.mark.parametrize("version", ["1'; rm -rf ~; '", "1.0 --index-url http://x", None, 7, "1.0\n", ["1.0"]])
     def test_nothing_from_a_hostile_manifest_becomes_a_command(self, version: Any, folder: Path) -> None:
         fabricated.rewrite(folder, lambda m: m | {"schema_version": 3, "wattier_version": version})
@@ -296,7 +305,10 @@ class TestHostileManifest:
             (uncertainty(training_domain=1), "not readable"),
             (uncertainty(training_domain={"cutoff_angstrom": 3.0, "ranges": [{"600": [1] * 5}, {}]}), "elements"),
             (uncertainty(calibration={"energy_std_scale": -1.0, "forces_std_scale": 1.0}), "0 or more"),
-            (lambda m: m | {"name": None}, "name is None"),
+            (lambda m: m | {"name": None}, "name is None"), (lambda m: m | {"name": "x\x1b[2J"}, "a line of text"),
+            (lambda m: m | {"name": "x\n"}, "line of text"), (lambda m: m | {"sources": ["a\r", "b"]}, "list of names"),
+            (lambda m: m | {"wattier_version": "1.0\r\nX-Evil: 1"}, "must be a version"),
+            (lambda m: m | {"wattier_version": 1.0}, "must be a version"),
             (reference("1.0"), "must hold energies"), (reference(None), "must hold energies"),
             (reference(True), "must hold energies"), (reference(1e300), "must hold energies"),
             (reference(10**400), "is too large"), (reference([0.0]), "must hold energies"),

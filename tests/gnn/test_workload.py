@@ -71,7 +71,8 @@ def count(config: ModelConfig, batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
     model = build_model(config, 0).train()
     with Witness() as training:
         prediction = model(batch)
-        (prediction.energy.sum() + prediction.forces.square().sum()).backward()
+        loss = prediction.energy.sum() + prediction.forces.square().sum()
+        (loss if prediction.energy_std is None else loss + prediction.energy_std.sum()).backward()
     with Witness() as inference:
         model.eval()(batch)
     return Counted(training, inference)
@@ -131,3 +132,20 @@ def test_conservative_forces_cost_twice_the_products_of_a_vector_head(tools: Any
 
 def test_a_rate_is_linear() -> None:
     assert Rate(2.0, 3.0).of(10, 100) == 320.0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", ["egnn", "schnet"])
+@pytest.mark.parametrize("forces", ["vector", "conservative"])
+@pytest.mark.parametrize("heads", ["per_source", "shared"])
+def test_a_deviation_head_is_counted(
+    family: str, forces: str, heads: str, tools: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tools, family=family, forces=forces, energy_heads=heads, energy_variance=True)
+    counted, work = count(config, batch, monkeypatch), model_work(config)
+    atoms, edges = len(batch.numbers), batch.edge_index.shape[1]
+    assert work.training_flops.of(atoms, edges) == counted.training.flops
+    assert work.inference_flops.of(atoms, edges) == counted.inference.flops
+    assert work.training_operations == pytest.approx(counted.training.operators, rel=0.12)
+    assert work.inference_operations == pytest.approx(counted.inference.operators, rel=0.12)
+    assert n_parameters(config) == count_parameters(build_model(config, 0))

@@ -27,6 +27,7 @@ VERBS = [
     "evaluate",
     "export",
     "predict",
+    "push",
     "report",
     "run",
     "search",
@@ -36,6 +37,7 @@ VERBS = [
     "submit",
     "telemetry",
     "train",
+    "verify",
 ]
 CONFIG_VERBS = ["params", "schema", "show"]
 DATA_VERBS = ["export", "fetch", "ingest", "stats", "verify"]

@@ -10,6 +10,7 @@ import yaml
 
 from wattier import run as steps
 from wattier.config import RunConfig
+from wattier.config_ensemble import EnsembleSection
 from wattier.ledger import ledger_info
 from wattier.records import EpochRecord, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir
@@ -121,6 +122,7 @@ def test_one_member_is_released_without_uncertainty(make) -> None:
     evaluation = run.evaluation()
     assert evaluation is not None
     assert evaluation["calibration"]["energy"]["coverage_68"] is None
+    assert evaluation["intervals"]["energy"]["pooled"]["observed"] > 0.5, "but intervals, of one width an atom"
     assert "no uncertainty" in (run.release_path / "README.md").read_text()
     from ase.build import molecule
 
@@ -130,6 +132,39 @@ def test_one_member_is_released_without_uncertainty(make) -> None:
     atoms.calc = WattierCalculator(run.release_path, source="qm7x")
     assert atoms.get_forces().shape == (5, 3)
     assert "energy_std" not in atoms.calc.results
+    from wattier_gnn.structure import Structure
+
+    shifted = Structure(
+        atoms.numbers, atoms.positions * 3.0, None, (False, False, False), float("nan"), None, "qm7x", "g", "k"
+    )
+    answer = atoms.calc.ensemble.predict([shifted], "qm7x")
+    assert answer.coverage == 0.9
+    assert answer.energy_interval_ev[0] > 0
+    assert (answer.forces_interval_ev_per_angstrom > 0).all()
+    assert "farther" in answer.out_of_distribution[0]
+
+
+def test_other_weights_are_found_without_training_again(make) -> None:
+    run, config = make({"hidden_dim": {"choices": [8, 16]}}, accurate=2, balanced=0)
+    with steps.launcher_for(config) as launcher:
+        assert steps.run_all(run, config, launcher, Quiet())
+        before = run.evaluation()
+        assert before["weights"]["by_member"] == dict.fromkeys(run.selection().picked, 0.5)
+        fitted = config.model_copy(update={"ensemble": EnsembleSection(weights="fitted", coverage=0.8)})
+        again, listener = RunDir.create(fitted), Quiet()
+        assert steps.run_all(again, fitted, launcher, listener)
+        assert not any(line.endswith("complete") for line in listener.lines), "no trial ran again"
+        assert not steps.run_all(again, fitted, launcher, Quiet())
+    evaluation = again.evaluation()
+    assert evaluation["settings"] == {"weights": "fitted", "coverage": 0.8}
+    assert sum(evaluation["weights"]["by_member"].values()) == pytest.approx(1)
+    errors = [evaluation["weights"][f"validation_error_{kind}"] for kind in ("fitted", "equal")]
+    assert errors[0] <= errors[1]
+    from wattier_gnn.release import load_release
+
+    released = load_release(run.release_path)
+    assert list(released.weights) == list(evaluation["weights"]["by_member"].values())
+    assert released.calibration.coverage == 0.8
 
 
 def test_members_of_other_cutoffs_are_one_ensemble(make) -> None:
