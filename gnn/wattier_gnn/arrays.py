@@ -135,6 +135,12 @@ def squared_lengths(arrays: Mapping[str, Any]) -> Any:
     return np.einsum("ex,ex->e", vectors, vectors)
 
 
+def volumes(arrays: Mapping[str, Any]) -> Any:
+    """Volume [Angstrom^3] of each structure's cell: float64 [B], NaN where it does not repeat in three directions."""
+    volume = np.abs(np.linalg.det(arrays["cells"]))
+    return np.where(arrays["pbc"].all(axis=1) & (volume > 0), volume, np.nan)
+
+
 def edges_within(arrays: Mapping[str, Any], cutoff_angstrom: float) -> dict[str, Any]:
     """The same structures with the edges that a search with a smaller cutoff would have found.
 

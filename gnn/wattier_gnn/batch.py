@@ -45,8 +45,11 @@ class Prediction:
     """energy [B] eV relative to the source's composition reference; forces [N, 3] eV/Angstrom.
 
     energy_std [B] eV: by how much a model with a head for it expects its energy to err; None of other models.
+    strain_derivative [B, 3, 3] eV is that of the energy, symmetric: over the volume it is the stress. None where it was
+    not asked for.
     """
 
     energy: Tensor
     forces: Tensor
     energy_std: Tensor | None = None
+    strain_derivative: Tensor | None = None

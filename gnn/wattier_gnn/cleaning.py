@@ -45,7 +45,7 @@ def removal_reason(
         return "no atoms"
     if structure.numbers.min() < 1 or structure.numbers.max() > HEAVIEST_ELEMENT:
         return "unknown element"
-    if reason := _geometry_reason(structure):
+    if reason := geometry_reason(structure):
         return reason
     if not np.isfinite(structure.energy_ev) or (forces is not None and not np.isfinite(forces).all()):
         return "nan label"
@@ -54,7 +54,8 @@ def removal_reason(
     return None
 
 
-def _geometry_reason(structure: Structure) -> str | None:
+def geometry_reason(structure: Structure) -> str | None:
+    """What is wrong with where the atoms, at least one, are said to be; None when nothing is."""
     cell, positions = structure.cell_angstrom, structure.positions_angstrom
     if not np.isfinite(positions).all() or (cell is not None and not np.isfinite(cell).all()):
         return "nan position"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wattier_gnn.arrays import edges_within
+from wattier_gnn.arrays import edges_within, volumes
 from wattier_gnn.batch import Batch
 from wattier_gnn.domain import TrainingDomain
 from wattier_gnn.intervals import EnsembleCalibration, Said, plain_scale
@@ -17,6 +18,7 @@ from wattier_gnn.model import FoundationModel, source_index_of
 from wattier_gnn.reference import composition
 from wattier_gnn.store import join, structures_to_arrays
 from wattier_gnn.structure import DataError, Structure
+from wattier_gnn.unfit import overlapping, unfit
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class EnsemblePrediction:
 
     Standard deviations and intervals are NaN where they are not known: one member has no spread, and a release of an
     earlier version no intervals. The parts of energy_std_ev are such that their squares add up to its square.
+    Stresses are None unless asked for. They have ASE's sign, positive where the structure would shrink, and are NaN
+    where a structure does not repeat in three directions. Their std is not calibrated: no source has labels.
     """
 
     energy_ev: Any  # float64 [B]
@@ -39,6 +43,9 @@ class EnsemblePrediction:
     forces_interval_ev_per_angstrom: Any  # float64 [N, 3], of each component by itself
     coverage: float | None  # None where there are no intervals
     out_of_distribution: tuple[str | None, ...] | None = None  # [B] reasons, None = nothing odd; None = cannot say
+    stress_ev_per_angstrom3: Any = None  # float64 [B, 3, 3]
+    stress_std_ev_per_angstrom3: Any = None  # float64 [B, 3, 3]
+    member_stresses_ev_per_angstrom3: Any = None  # float64 [M, B, 3, 3]
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class MemberNumbers:
     n_atoms: Any  # int64 [B]
     source_index: Any  # int64 [B]
     energy_stds_ev: Any  # float64 [M, B], by the members' own heads; NaN where one has none
+    stresses_ev_per_angstrom3: Any = None  # float64 [M, B, 3, 3], None where not asked for
 
 
 @dataclass(frozen=True)
@@ -82,32 +90,72 @@ class Ensemble:
         """The largest of the members' cutoffs."""
         return max(member.config.cutoff_angstrom for member in self.members)
 
-    def predict_arrays(self, arrays: Mapping[str, Any], baseline_ev: Any) -> EnsemblePrediction:
+    @property
+    def is_conservative(self) -> bool:
+        """Whether every member's forces are minus the gradient of its energy."""
+        return all("conservative" in member.properties for member in self.members)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the members' weights, and of what they compute."""
+        return next(self.members[0].parameters()).dtype
+
+    def moved(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Ensemble:
+        """A copy whose members are on a device.
+
+        In float64 all of a member is: also those linear layers that it has in bfloat16 otherwise.
+        """
+        members = copy.deepcopy(self.members)
+        for member in members:
+            member.to(device=device, dtype=dtype)
+            low = member.config.precision == "bfloat16" and dtype == torch.float32
+            member.encoder.compute = torch.bfloat16 if low else None
+        return replace(self, members=members)
+
+    def predict_arrays(
+        self, arrays: Mapping[str, Any], baseline_ev: Any, *, stress: bool = False, conservative: bool = False
+    ) -> EnsemblePrediction:
         """Predict the structures of some arrays, see `structures_to_arrays`, with edges within `cutoff_angstrom`.
 
-        baseline_ev [B] is the composition reference of each structure.
+        baseline_ev [B] is the composition reference of each structure; stress, conservative: see `members_say`.
         """
-        prediction = self.combine(self.members_say(arrays), baseline_ev)
+        prediction = self.combine(self.members_say(arrays, stress=stress, conservative=conservative), baseline_ev)
         if self.domain is None:
             return prediction
         return replace(prediction, out_of_distribution=self.domain.reasons(arrays))
 
-    def members_say(self, arrays: Mapping[str, Any]) -> MemberNumbers:
-        """What each member answers, relative to the composition reference; each sees edges within its own cutoff."""
+    def members_say(
+        self, arrays: Mapping[str, Any], *, stress: bool = False, conservative: bool = False
+    ) -> MemberNumbers:
+        """What each member answers, relative to the composition reference; each sees edges within its own cutoff.
+
+        Args:
+            arrays: the structures.
+            stress: also from the strain of all vectors, see `FoundationModel.forward`.
+            conservative: forces are minus the gradient of the energy, also of members that have a force head.
+        """
         device, n = next(self.members[0].parameters()).device, len(arrays["energy"])
         found: dict[int, tuple[Any, ...]] = {}
         for cutoff in sorted({member.config.cutoff_angstrom for member in self.members}):
             near = arrays if cutoff == self.cutoff_angstrom else edges_within(arrays, cutoff)
-            batch = join(near, np.arange(n), np.zeros(n)).to(device)
-            found |= {k: _numbers(m, batch) for k, m in enumerate(self.members) if m.config.cutoff_angstrom == cutoff}
+            batch = join(near, np.arange(n), np.zeros(n), self.dtype).to(device)
+            found |= {
+                k: _numbers(m, batch, strain=stress, conservative=conservative)
+                for k, m in enumerate(self.members)
+                if m.config.cutoff_angstrom == cutoff
+            }
         energies, forces, stds = (np.stack([found[k][i] for k in range(len(self.members))]) for i in range(3))
+        stresses = None
+        if stress:
+            by_strain = np.stack([found[k][3] for k in range(len(self.members))])
+            stresses = by_strain / volumes(arrays)[:, None, None]
         source_index = np.asarray(arrays["source_index"], dtype=np.int64)
-        return MemberNumbers(energies, forces, np.diff(arrays["atom_offset"]), source_index, stds)
+        return MemberNumbers(energies, forces, np.diff(arrays["atom_offset"]), source_index, stds, stresses)
 
     def combine(self, said: MemberNumbers, baseline_ev: Any) -> EnsemblePrediction:
         """The ensemble's answer from its members'; baseline_ev [B] is added to every energy."""
         energies, forces = said.energies_ev + baseline_ev, said.forces_ev_per_angstrom
-        weights, calibration = self.weights_of_members, self.calibration
+        weights, calibration, stresses = self.weights_of_members, self.calibration, said.stresses_ev_per_angstrom3
         if calibration is None:
             plain = plain_scale(1.0, len(self.references_ev))
             calibration = EnsembleCalibration(None, plain, plain)
@@ -125,32 +173,40 @@ class Ensemble:
             energy_interval_ev=energy.half_width,
             forces_interval_ev_per_angstrom=force.half_width,
             coverage=calibration.coverage,
+            stress_ev_per_angstrom3=None if stresses is None else weighted_mean(stresses, weights),
+            stress_std_ev_per_angstrom3=None if stresses is None else spread(stresses, weights),
+            member_stresses_ev_per_angstrom3=stresses,
         )
 
-    def predict(self, structures: Sequence[Structure], source: str) -> EnsemblePrediction:
+    def predict(
+        self, structures: Sequence[Structure], source: str, *, stress: bool = False, conservative: bool = False
+    ) -> EnsemblePrediction:
         """Predict structures as if they came from `source` (its level of theory, its energy zero).
+
+        Args:
+            structures: at least one.
+            source: whose head.
+            stress: also predict stresses.
+            conservative: forces are minus the gradient of the energy, also of members that have a force head.
 
         Raises:
             ValueError: no head for that source, or no structure.
-            DataError: an element the source's training data did not hold, or a position that is no number.
+            DataError: a structure that no answer can be given for, or an element that the source's training data did
+                not hold.
         """
         if not structures:
             raise ValueError("structures is empty, but must hold at least one structure")
-        for structure in structures:
-            if not np.isfinite(structure.positions_angstrom).all():
-                raise DataError("a position is NaN or infinite, but must be a number of Angstrom. Mend the structure.")
         index = source_index_of(self.sources, source)
+        for k, structure in enumerate(structures):
+            if reason := unfit(structure, self.references_ev[index], source):
+                raise DataError(_of_many(k, structures) + reason)
         relabelled = [_of_source(s, source) for s in structures]
         arrays = structures_to_arrays(relabelled, self.sources, self.cutoff_angstrom)
-        n_atoms = np.diff(arrays["atom_offset"])
-        counts = composition(arrays["numbers"], n_atoms)
-        unknown = np.flatnonzero(counts.any(axis=0) & (self.references_ev[index] == 0))
-        if len(unknown):
-            raise DataError(
-                f"atomic number {int(unknown[0])} does not occur in the {source} training data, but all must. "
-                f"Use another source than {source!r} or another release."
-            )
-        return self.predict_arrays(arrays, counts @ self.references_ev[index])
+        if overlap := overlapping(arrays):
+            raise DataError(_of_many(overlap.structure, structures) + overlap.message)
+        counts = composition(arrays["numbers"], np.diff(arrays["atom_offset"]))
+        baseline_ev = counts @ self.references_ev[index]
+        return self.predict_arrays(arrays, baseline_ev, stress=stress, conservative=conservative)
 
 
 def ensemble_blocks(ensemble: Ensemble) -> dict[str, Any]:
@@ -192,12 +248,15 @@ def _checked_weights(weights: Any, n_members: int) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def _numbers(member: FoundationModel, batch: Batch) -> tuple[Any, Any, Any]:
-    """One member's energies [B], forces [N, 3] and own deviations [B] in float64, with no graph kept of them."""
-    prediction = member.eval()(batch)
-    energy, forces = prediction.energy.double().cpu().numpy(), prediction.forces.double().cpu().numpy()
-    own = prediction.energy_std
-    return energy, forces, np.full_like(energy, np.nan) if own is None else own.double().cpu().numpy()
+def _numbers(member: FoundationModel, batch: Batch, *, strain: bool, conservative: bool) -> tuple[Any, ...]:
+    """One member's energies [B], forces [N, 3], own deviations [B] and, where asked for, strain derivatives [B, 3, 3].
+
+    All in float64, with no graph kept of them.
+    """
+    said = member.eval()(batch, strain=strain, conservative=conservative)
+    own = torch.full_like(said.energy, torch.nan) if said.energy_std is None else said.energy_std
+    found = (said.energy, said.forces, own, *((said.strain_derivative,) if strain else ()))
+    return tuple(tensor.double().cpu().numpy() for tensor in found)
 
 
 def what_is_said(said: MemberNumbers, weights: Any) -> tuple[Said, Said]:
@@ -235,6 +294,11 @@ def spread(values: Any, weights: Any | None = None) -> Any:
     if free < 1e-9:
         return np.full(values.shape[1:], np.nan)
     return np.sqrt(weighted_mean((values - weighted_mean(values, weights)) ** 2, weights) / free)
+
+
+def _of_many(index: int, structures: Sequence[Structure]) -> str:
+    """Which one is meant."""
+    return f"structure {index}: " if len(structures) > 1 else ""
 
 
 def _of_source(structure: Structure, source: str) -> Structure:

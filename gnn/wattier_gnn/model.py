@@ -118,36 +118,50 @@ class FoundationModel(nn.Module):
         """What this model promises."""
         return promised(self.config.family, self.config.forces)
 
-    def forward(self, batch: Batch) -> Prediction:
-        """Energies [B] in eV relative to each source's composition reference, forces [N, 3] in eV/Angstrom."""
+    def forward(self, batch: Batch, *, strain: bool = False, conservative: bool = False) -> Prediction:
+        """Energies [B] in eV relative to each source's composition reference, forces [N, 3] in eV/Angstrom.
+
+        Args:
+            batch: the structures.
+            strain: also differentiate the energy by a strain of all vectors, whatever the forces come from.
+            conservative: forces are minus the gradient of the energy, also where there is a force head.
+        """
         i, j = batch.edge_index
         graph = EdgeGraph.of(i, j, len(batch.numbers), len(batch.numbers))
         vectors = batch.positions[j] + batch.edge_shift - batch.positions[i]
-        if self.force_head is not None:
-            return self._with_force_head(batch, graph, vectors, self.force_head)
-        with torch.enable_grad():
-            vectors = vectors.detach().requires_grad_(True)
-            h, _ = self.encoder(batch.numbers, vectors, graph, None)
+        head = None if conservative else self.force_head
+        differentiates = head is None or strain
+        with torch.set_grad_enabled(differentiates or torch.is_grad_enabled()):
+            if differentiates:
+                vectors = vectors.detach().requires_grad_(True)
+            h, strengths = self.encoder(batch.numbers, vectors, graph, None if head is None else head.strength)
             energy = self._energy(batch, h)
+            by_head = None
+            if head is not None:
+                by_head = head(h, strengths, self._directions(vectors), graph) * self._force_scale(batch)
+            if by_head is not None and not differentiates:
+                return Prediction(energy, by_head, self._energy_std(batch, h))
             with positions_only():
                 (gradient,) = torch.autograd.grad(energy.sum(), vectors, create_graph=self.training)
-            forces = graph.to_receivers(gradient) - graph.to_senders(gradient)
+            forces = graph.to_receivers(gradient) - graph.to_senders(gradient) if by_head is None else by_head
+            by_strain = _strain_derivative(batch, vectors, gradient) if strain else None
         if self.training:
-            return Prediction(energy, forces, energy_std=self._energy_std(batch, h))
+            return Prediction(energy, forces, self._energy_std(batch, h), by_strain)
         with torch.no_grad():
-            return Prediction(energy.detach(), forces.detach(), energy_std=self._energy_std(batch, h))
+            own = self._energy_std(batch, h)
+        return Prediction(energy.detach(), forces.detach(), own, None if by_strain is None else by_strain.detach())
 
-    def _with_force_head(
-        self, batch: Batch, graph: EdgeGraph, vectors: Tensor, head: VectorForceHead | DirectForceHead
-    ) -> Prediction:
-        h, strengths = self.encoder(batch.numbers, vectors, graph, head.strength)
+    def _directions(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [E, 3] that fade at the cutoff."""
         distance = torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-6)
-        directions = vectors * (self.encoder.basis.envelope(distance) / distance)
-        forces = head(h, strengths, directions, graph)
-        scale: Tensor | float = self.shared_scale_ev
-        if self.config.energy_heads != "shared":
-            scale = self.energy_scale_ev[batch.source_index[batch.structure_index]][:, None]
-        return Prediction(self._energy(batch, h), forces * scale, energy_std=self._energy_std(batch, h))
+        directions: Tensor = vectors * (self.encoder.basis.envelope(distance) / distance)
+        return directions
+
+    def _force_scale(self, batch: Batch) -> Tensor | float:
+        """One unit of a force head's output, in eV/Angstrom."""
+        if self.config.energy_heads == "shared":
+            return self.shared_scale_ev
+        return self.energy_scale_ev[batch.source_index[batch.structure_index]][:, None]
 
     def _energy(self, batch: Batch, h: Tensor) -> Tensor:
         atom_source = batch.source_index[batch.structure_index]
@@ -175,6 +189,17 @@ class FoundationModel(nn.Module):
             raw = self.deviation_head(h.detach(), atom_source)
             atomic = nn.functional.softplus(raw - USUAL_PRECISION) * self.energy_scale_ev[atom_source]
         return torch.zeros_like(batch.energy).index_add(0, batch.structure_index, atomic)
+
+
+def _strain_derivative(batch: Batch, vectors: Tensor, gradient: Tensor) -> Tensor:
+    """The sum over edges of r (x) dE/dr, symmetric [B, 3, 3]: a strain e turns each vector r into r + r e.
+
+    What it is in theory, since a turn leaves the energy as it is, rounding must not undo.
+    """
+    by_edge = vectors[:, :, None] * gradient[:, None, :]
+    total = by_edge.new_zeros(len(batch.n_atoms), 3, 3)
+    total = total.index_add(0, batch.structure_index[batch.edge_index[0]], by_edge)
+    return (total + total.mT) / 2
 
 
 def build_encoder(config: ModelConfig) -> EGNN | GeometricEncoder:

@@ -224,8 +224,11 @@ def rows_of(column: Any, offset: Any, indices: Any) -> Any:
     return np.concatenate(runs).view(column.dtype) if runs else column[:0].copy()
 
 
-def join(arrays: Mapping[str, Any], indices: Any, energy_ev: Any) -> Batch:
-    """One batch of the structures at `indices` (int64 [B]) of `structures_to_arrays`; energy_ev [B] to be learned."""
+def join(arrays: Mapping[str, Any], indices: Any, energy_ev: Any, dtype: torch.dtype | None = None) -> Batch:
+    """One batch of the structures at `indices` (int64 [B]) of `structures_to_arrays`; energy_ev [B] to be learned.
+
+    dtype: of floating-point fields; None = torch's default.
+    """
     indices = np.asarray(indices)
     atoms, _ = ragged(arrays["atom_offset"], indices)
     edges, _ = ragged(arrays["edge_offset"], indices)
@@ -233,15 +236,15 @@ def join(arrays: Mapping[str, Any], indices: Any, energy_ev: Any) -> Batch:
     chosen |= {name: arrays[name][indices] for name in ("cells", "source_index")}
     chosen |= {name: offsets(np.diff(arrays[name])[indices]) for name in ("atom_offset", "edge_offset")}
     chosen |= {"edge_index": arrays["edge_index"][:, edges], "edge_shift": arrays["edge_shift"][edges]}
-    return _batch(chosen, energy_ev)
+    return _batch(chosen, energy_ev, dtype)
 
 
-def _batch(arrays: Mapping[str, Any], energy_ev: Any) -> Batch:
+def _batch(arrays: Mapping[str, Any], energy_ev: Any, dtype: torch.dtype | None = None) -> Batch:
     """The batch of all structures of some arrays."""
     n_atoms, n_edges = np.diff(arrays["atom_offset"]), np.diff(arrays["edge_offset"])
     structures = np.arange(len(n_atoms))
     structure_of_edge = np.repeat(structures, n_edges)
-    dtype = torch.get_default_dtype()
+    dtype = dtype or torch.get_default_dtype()
     return Batch(
         numbers=torch.from_numpy(arrays["numbers"].astype(np.int64)),
         positions=torch.from_numpy(arrays["positions"]).to(dtype),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
+from wattier.predict_cli import predict
 from wattier.release_cli import push, verify
 from wattier.submit_cli import submit
 
@@ -162,6 +163,7 @@ def export(
         typer.echo(export_release(rundir, rundir.config(), output.expanduser() if output else None))
 
 
+app.command()(predict)
 app.command()(submit)
 app.command()(verify)
 app.command()(push)

@@ -26,6 +26,7 @@ VERBS = [
     "doctor",
     "evaluate",
     "export",
+    "predict",
     "push",
     "report",
     "run",

@@ -68,7 +68,7 @@ def frame_structure(path: Path, index: int, text: bytes, identity: Identity) -> 
     Raises:
         ShardError: the frame cannot be parsed, has no energy, or a label has the wrong shape.
     """
-    atoms = _parse(path, index, text)
+    atoms = parse_frame(path, index, text)
     energy_ev, forces = _labels(path, index, atoms)
     group = identity.group
     if group is None:
@@ -122,7 +122,12 @@ def _frame_lines(path: Path, index: int, stream: BinaryIO, first: bytes) -> Iter
         yield line
 
 
-def _parse(path: Path, index: int, text: bytes) -> Atoms:
+def parse_frame(path: Path, index: int, text: bytes) -> Atoms:
+    """What ASE makes of one frame.
+
+    Raises:
+        ShardError: it is no frame.
+    """
     inside, must_be = f"frame {index}", "an extended XYZ frame"
     comment = text.split(b"\n", 2)[1]
     announced = _PROPERTIES.search(comment)
