@@ -42,7 +42,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prediction:
-    """energy [B] eV relative to the source's composition reference; forces [N, 3] eV/Angstrom."""
+    """energy [B] eV relative to the source's composition reference; forces [N, 3] eV/Angstrom.
+
+    energy_std [B] eV: by how much a model with a head for it expects its energy to err; None of other models.
+    """
 
     energy: Tensor
     forces: Tensor
+    energy_std: Tensor | None = None

@@ -1,9 +1,9 @@
-"""Several trained models as one predictor: the mean is the answer, the calibrated spread is how sure it is."""
+"""Several trained models as one predictor: the weighted mean is the answer, the calibrated spread is how sure it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 
 from wattier_gnn.arrays import edges_within
 from wattier_gnn.batch import Batch
+from wattier_gnn.domain import TrainingDomain
+from wattier_gnn.intervals import EnsembleCalibration, Said, plain_scale
 from wattier_gnn.model import FoundationModel, source_index_of
 from wattier_gnn.reference import composition
 from wattier_gnn.store import join, structures_to_arrays
@@ -19,14 +21,24 @@ from wattier_gnn.structure import DataError, Structure
 
 @dataclass(frozen=True)
 class EnsemblePrediction:
-    """B structures, N atoms in all, M members. Energies are totals: the composition reference is added back."""
+    """B structures, N atoms in all, M members. Energies are totals: the composition reference is added back.
+
+    Standard deviations and intervals are NaN where they are not known: one member has no spread, and a release of an
+    earlier version no intervals. The parts of energy_std_ev are such that their squares add up to its square.
+    """
 
     energy_ev: Any  # float64 [B]
-    energy_std_ev: Any  # float64 [B], calibrated; NaN where there is one member only
+    energy_std_ev: Any  # float64 [B], calibrated
     forces_ev_per_angstrom: Any  # float64 [N, 3]
     forces_std_ev_per_angstrom: Any  # float64 [N, 3], calibrated
     member_energies_ev: Any  # float64 [M, B]
     member_forces_ev_per_angstrom: Any  # float64 [M, N, 3]
+    energy_epistemic_std_ev: Any  # float64 [B], by which members disagree
+    energy_aleatoric_std_ev: Any  # float64 [B], which members predict themselves, where they have a head for it
+    energy_interval_ev: Any  # float64 [B], half the width of the interval that is meant to cover `coverage`
+    forces_interval_ev_per_angstrom: Any  # float64 [N, 3], of each component by itself
+    coverage: float | None  # None where there are no intervals
+    out_of_distribution: tuple[str | None, ...] | None = None  # [B] reasons, None = nothing odd; None = cannot say
 
 
 @dataclass(frozen=True)
@@ -35,24 +47,35 @@ class MemberNumbers:
 
     energies_ev: Any  # float64 [M, B], relative to the composition reference
     forces_ev_per_angstrom: Any  # float64 [M, N, 3]
+    n_atoms: Any  # int64 [B]
+    source_index: Any  # int64 [B]
+    energy_stds_ev: Any  # float64 [M, B], by the members' own heads; NaN where one has none
 
 
 @dataclass(frozen=True)
 class Ensemble:
     """Trained members of one data alignment; each sees the neighbours within its own cutoff.
 
-    energy_std_scale, forces_std_scale: factors found on validation data by which the members' spread is multiplied.
+    weights: what each member counts in the mean, sum 1; None = alike. calibration: found on validation data; None = the
+    plain spread, and no intervals. domain: what the training data looked like; None = not known.
     """
 
     members: tuple[FoundationModel, ...]
     references_ev: Any  # float64 [S, 119]
-    energy_std_scale: float = 1.0
-    forces_std_scale: float = 1.0
+    weights: tuple[float, ...] | None = None
+    calibration: EnsembleCalibration | None = None
+    domain: TrainingDomain | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Sources that the members have heads for."""
         return self.members[0].config.sources
+
+    @property
+    def weights_of_members(self) -> Any:
+        """What each member counts in the mean: float64 [M], sum 1."""
+        n = len(self.members)
+        return np.full(n, 1 / n) if self.weights is None else np.array(self.weights)
 
     @property
     def cutoff_angstrom(self) -> float:
@@ -64,29 +87,44 @@ class Ensemble:
 
         baseline_ev [B] is the composition reference of each structure.
         """
-        return self.combine(self.members_say(arrays), baseline_ev)
+        prediction = self.combine(self.members_say(arrays), baseline_ev)
+        return (
+            prediction if self.domain is None else replace(prediction, out_of_distribution=self.domain.reasons(arrays))
+        )
 
     def members_say(self, arrays: Mapping[str, Any]) -> MemberNumbers:
         """What each member answers, relative to the composition reference; each sees edges within its own cutoff."""
         device, n = next(self.members[0].parameters()).device, len(arrays["energy"])
-        found: dict[int, tuple[Any, Any]] = {}
+        found: dict[int, tuple[Any, ...]] = {}
         for cutoff in sorted({member.config.cutoff_angstrom for member in self.members}):
             near = arrays if cutoff == self.cutoff_angstrom else edges_within(arrays, cutoff)
             batch = join(near, np.arange(n), np.zeros(n)).to(device)
             found |= {k: _numbers(m, batch) for k, m in enumerate(self.members) if m.config.cutoff_angstrom == cutoff}
-        energies, forces = (np.stack([found[k][i] for k in range(len(self.members))]) for i in (0, 1))
-        return MemberNumbers(energies, forces)
+        energies, forces, stds = (np.stack([found[k][i] for k in range(len(self.members))]) for i in range(3))
+        source_index = np.asarray(arrays["source_index"], dtype=np.int64)
+        return MemberNumbers(energies, forces, np.diff(arrays["atom_offset"]), source_index, stds)
 
     def combine(self, said: MemberNumbers, baseline_ev: Any) -> EnsemblePrediction:
         """The ensemble's answer from its members'; baseline_ev [B] is added to every energy."""
         energies, forces = said.energies_ev + baseline_ev, said.forces_ev_per_angstrom
+        weights, calibration = self.weights_of_members, self.calibration
+        if calibration is None:
+            plain = plain_scale(1.0, len(self.references_ev))
+            calibration = EnsembleCalibration(None, plain, plain)
+        of_energy, of_forces = what_is_said(said, weights)
+        energy, force = calibration.energy.sureness(of_energy), calibration.forces.sureness(of_forces)
         return EnsemblePrediction(
-            energies.mean(axis=0),
-            spread(energies) * self.energy_std_scale,
-            forces.mean(axis=0),
-            spread(forces) * self.forces_std_scale,
-            energies,
-            forces,
+            energy_ev=weighted_mean(energies, weights),
+            energy_std_ev=energy.std,
+            forces_ev_per_angstrom=weighted_mean(forces, weights),
+            forces_std_ev_per_angstrom=force.std,
+            member_energies_ev=energies,
+            member_forces_ev_per_angstrom=forces,
+            energy_epistemic_std_ev=energy.epistemic,
+            energy_aleatoric_std_ev=energy.aleatoric,
+            energy_interval_ev=energy.half_width,
+            forces_interval_ev_per_angstrom=force.half_width,
+            coverage=calibration.coverage,
         )
 
     def predict(self, structures: Sequence[Structure], source: str) -> EnsemblePrediction:
@@ -115,16 +153,86 @@ class Ensemble:
         return self.predict_arrays(arrays, counts @ self.references_ev[index])
 
 
+def ensemble_blocks(ensemble: Ensemble) -> dict[str, Any]:
+    """All that an ensemble is besides members and references, JSON-ready: what a release keeps of it."""
+    return {
+        "weights": None if ensemble.weights is None else list(ensemble.weights),
+        "calibration": None if ensemble.calibration is None else ensemble.calibration.to_dict(),
+        "training_domain": None if ensemble.domain is None else ensemble.domain.to_dict(),
+    }
+
+
+def ensemble_parts(blocks: Mapping[str, Any], n_sources: int, n_members: int) -> dict[str, Any]:
+    """Inverse of `ensemble_blocks`: keyword arguments of `Ensemble`; what is absent or None is None.
+
+    Raises:
+        DataError: a block is not what it must be.
+    """
+    weights, calibration, domain = (blocks.get(name) for name in ("weights", "calibration", "training_domain"))
+    return {
+        "weights": None if weights is None else _checked_weights(weights, n_members),
+        "calibration": None if calibration is None else EnsembleCalibration.from_dict(calibration, n_sources),
+        "domain": None if domain is None else TrainingDomain.from_dict(domain, n_sources),
+    }
+
+
+def _checked_weights(weights: Any, n_members: int) -> tuple[float, ...]:
+    try:
+        numbers = np.array(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        numbers = np.empty(0)
+    if numbers.shape != (n_members,) or not (numbers >= 0).all() or not abs(numbers.sum() - 1) < 1e-6:
+        raise DataError(
+            f"weights are {str(weights)[:80]}, but must be {n_members} numbers, one a member, of 0 or more and with "
+            "the sum 1. Get the release anew."
+        )
+    return tuple(numbers.tolist())
+
+
 @torch.no_grad()
-def _numbers(member: FoundationModel, batch: Batch) -> tuple[Any, Any]:
-    """One member's energies [B] and forces [N, 3] in float64, with no graph kept of how they came about."""
+def _numbers(member: FoundationModel, batch: Batch) -> tuple[Any, Any, Any]:
+    """One member's energies [B], forces [N, 3] and own deviations [B] in float64, with no graph kept of them."""
     prediction = member.eval()(batch)
-    return prediction.energy.double().cpu().numpy(), prediction.forces.double().cpu().numpy()
+    energy, forces = prediction.energy.double().cpu().numpy(), prediction.forces.double().cpu().numpy()
+    own = prediction.energy_std
+    return energy, forces, np.full_like(energy, np.nan) if own is None else own.double().cpu().numpy()
 
 
-def spread(values: Any) -> Any:
-    """Standard deviation over members [M, ...] with M - 1; NaN, which is unknown, for one member."""
-    return values.std(axis=0, ddof=1) if len(values) > 1 else np.full_like(values[0], np.nan)
+def what_is_said(said: MemberNumbers, weights: Any) -> tuple[Said, Said]:
+    """What calibration needs of energies [B] and of force components [N, 3], of members with weights [M].
+
+    The mixture of the members has the mean of their own variances and the variance of their means (Lakshminarayanan et
+    al., NeurIPS 2017).
+    """
+    dof = degrees_of_freedom(weights)
+    aleatoric = np.sqrt(weighted_mean(said.energy_stds_ev**2, weights))
+    energy = Said(spread(said.energies_ev, weights), dof, aleatoric, said.source_index, said.n_atoms)
+    atom_source = np.repeat(said.source_index, said.n_atoms)[:, None]
+    forces = spread(said.forces_ev_per_angstrom, weights)
+    return energy, Said(forces, dof, np.full_like(forces, np.nan), np.broadcast_to(atom_source, forces.shape), 1.0)
+
+
+def weighted_mean(values: Any, weights: Any) -> Any:
+    """The mean over members [M, ...] with weights [M]; who weighs nothing is not heard, not even as NaN."""
+    heard = np.flatnonzero(weights)
+    return np.tensordot(weights[heard], values[heard], axes=1)
+
+
+def degrees_of_freedom(weights: Any) -> float:
+    """Of the spread of members with weights [M]: M - 1 where they are alike, 0 where one has all the weight."""
+    return max(1 / float(np.square(weights).sum()) - 1, 0.0)
+
+
+def spread(values: Any, weights: Any | None = None) -> Any:
+    """Standard deviation over members [M, ...], unbiased (M - 1 where weights are alike); NaN = unknown for one member.
+
+    With weights w it is that of reliability weights: the sum of w (x - mean)^2 over 1 - sum w^2.
+    """
+    weights = np.full(len(values), 1 / len(values)) if weights is None else weights
+    free = 1 - float(np.square(weights).sum())
+    if free < 1e-9:
+        return np.full(values.shape[1:], np.nan)
+    return np.sqrt(weighted_mean((values - weighted_mean(values, weights)) ** 2, weights) / free)
 
 
 def _of_source(structure: Structure, source: str) -> Structure:

@@ -13,6 +13,7 @@ from wattier_gnn.batch import Batch, Prediction
 
 LossKind = Literal["mae", "mse", "huber"]
 N_SUMS = 7  # columns of `error_sums`
+SMALLEST_DEVIATION = 1e-4  # of scaled energy an atom; the likelihood of an exact answer has no bound
 
 
 def loss_terms(  # noqa: PLR0913, PLR0917
@@ -27,13 +28,27 @@ def loss_terms(  # noqa: PLR0913, PLR0917
     """Sum over structures [scalar] and sum over atoms with forces [scalar] of the scaled, weighted errors.
 
     huber_delta: scaled error at which `huber` turns from x^2 / 2 into a straight line.
+    Of a model with a deviation head, the energy's part holds `deviation_loss` too.
     """
     scale = energy_scale_ev[batch.source_index]
     energy_error = (prediction.energy - batch.energy) / batch.n_atoms / scale
     force_error = (prediction.forces - batch.forces) / scale[batch.structure_index][:, None]
     energy = _penalty(energy_error, kind, huber_delta)
+    if prediction.energy_std is not None:
+        energy = energy + deviation_loss(energy_error, prediction.energy_std / batch.n_atoms / scale)
     force = _penalty(force_error, kind, huber_delta).mean(dim=1)
     return energy_weight * energy.sum(), force_weight * (force * batch.force_mask).sum()
+
+
+def deviation_loss(error: Tensor, std: Tensor) -> Tensor:
+    """Negative log likelihood [B] of normal errors with deviations `std`, weighted by the deviations themselves.
+
+    That is beta-NLL with beta = 1/2 (Seitzer et al., ICLR 2022), for the deviation alone: without the weight, one error
+    that is large for its deviation would have a gradient without bound, and clipping it would stop all else. The error
+    is taken as given, so that the energy learns from its own loss only.
+    """
+    std = std.clamp(min=SMALLEST_DEVIATION)
+    return std.detach() * (std.log() + 0.5 * (error.detach() / std).square())
 
 
 def _penalty(error: Tensor, kind: LossKind, huber_delta: float) -> Tensor:

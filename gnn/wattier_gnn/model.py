@@ -21,6 +21,7 @@ Family = Literal["egnn", "schnet", "pna"]
 ForceMode = Literal["conservative", "vector", "direct"]
 EnergyHeads = Literal["per_source", "shared", "both"]
 Precision = Literal["float32", "bfloat16"]
+USUAL_PRECISION = 3.0  # a deviation head begins at a twentieth of the energy scale
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ModelConfig:
     precision: of the linear layers of the encoder; sums over neighbours, positions, energies and heads stay in float32.
     activation_checkpointing, edge_chunk: less memory for more work, see `EGNN`; they change no number. Families other
     than egnn hold all edges of a layer whatever edge_chunk says.
+    energy_variance: one more network beside the energy heads, which says by how much the energy will err.
     degree_histogram: for pna, the number of training atoms with 0, 1, 2, ... neighbours; () = all with the mean.
     """
 
@@ -53,6 +55,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     edge_chunk: int | None = None
     degree_histogram: tuple[int, ...] = ()
+    energy_variance: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -101,6 +104,9 @@ class FoundationModel(nn.Module):
         self.shared_head: SourceEnergyHeads | None = None
         if config.energy_heads == "both":
             self.shared_head = SourceEnergyHeads(config.hidden_dim, config.head_dim, config.n_head_layers, 1)
+        self.deviation_head: SourceEnergyHeads | None = None
+        if config.energy_variance:
+            self.deviation_head = SourceEnergyHeads(config.hidden_dim, config.head_dim, config.n_head_layers, n_heads)
         self.register_buffer("energy_scale_ev", torch.tensor(config.energy_scale_ev, dtype=torch.get_default_dtype()))
         # What all sources share has one unit, or one structure would have as many energies as there are sources.
         self.shared_scale_ev = math.exp(sum(map(math.log, config.energy_scale_ev)) / len(config.energy_scale_ev))
@@ -126,7 +132,10 @@ class FoundationModel(nn.Module):
             with positions_only():
                 (gradient,) = torch.autograd.grad(energy.sum(), vectors, create_graph=self.training)
             forces = graph.to_receivers(gradient) - graph.to_senders(gradient)
-        return Prediction(energy, forces) if self.training else Prediction(energy.detach(), forces.detach())
+        if self.training:
+            return Prediction(energy, forces, energy_std=self._energy_std(batch, h))
+        with torch.no_grad():
+            return Prediction(energy.detach(), forces.detach(), energy_std=self._energy_std(batch, h))
 
     def _with_force_head(
         self, batch: Batch, graph: EdgeGraph, vectors: Tensor, head: VectorForceHead | DirectForceHead
@@ -138,7 +147,7 @@ class FoundationModel(nn.Module):
         scale: Tensor | float = self.shared_scale_ev
         if self.config.energy_heads != "shared":
             scale = self.energy_scale_ev[batch.source_index[batch.structure_index]][:, None]
-        return Prediction(self._energy(batch, h), forces * scale)
+        return Prediction(self._energy(batch, h), forces * scale, energy_std=self._energy_std(batch, h))
 
     def _energy(self, batch: Batch, h: Tensor) -> Tensor:
         atom_source = batch.source_index[batch.structure_index]
@@ -148,6 +157,23 @@ class FoundationModel(nn.Module):
             atomic = self.energy_heads(h, atom_source) * self.energy_scale_ev[atom_source]
         if self.shared_head is not None:
             atomic = atomic + self.shared_head(h, torch.zeros_like(atom_source)) * self.shared_scale_ev
+        return torch.zeros_like(batch.energy).index_add(0, batch.structure_index, atomic)
+
+    def _energy_std(self, batch: Batch, h: Tensor) -> Tensor | None:
+        """By how much energies [B] will err: the sum of what atoms expect, as the errors of a structure's atoms agree.
+
+        The head reads the encoder but does not teach it, so that a model with it has the energies and forces of one
+        without (Stirn et al., "Faithful heteroscedastic regression with neural networks", AISTATS 2023).
+        """
+        if self.deviation_head is None:
+            return None
+        atom_source = batch.source_index[batch.structure_index]
+        if self.config.energy_heads == "shared":
+            raw = self.deviation_head(h.detach(), torch.zeros_like(atom_source))
+            atomic = nn.functional.softplus(raw - USUAL_PRECISION) * self.shared_scale_ev
+        else:
+            raw = self.deviation_head(h.detach(), atom_source)
+            atomic = nn.functional.softplus(raw - USUAL_PRECISION) * self.energy_scale_ev[atom_source]
         return torch.zeros_like(batch.energy).index_add(0, batch.structure_index, atomic)
 
 

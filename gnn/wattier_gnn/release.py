@@ -1,73 +1,84 @@
-"""A release: the folder that holds an ensemble, its references and a manifest with the hash of every file."""
+"""A release: the folder that holds an ensemble, its references and a manifest with the hash of every file.
+
+Hashes guard against accidents. Whoever means harm writes the hashes too, so what the files say is checked as well:
+see `release_manifest`, `release_files` and `release_member`.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.torch import load_file
-
-from wattier_gnn.ensemble import Ensemble
-from wattier_gnn.files import sha256_of
-from wattier_gnn.model import FoundationModel, ModelConfig
-from wattier_gnn.reference import MAX_ATOMIC_NUMBER
+from wattier_gnn.ensemble import Ensemble, ensemble_parts
+from wattier_gnn.model import FoundationModel
+from wattier_gnn.release_files import check_hash, read_verified
+from wattier_gnn.release_manifest import CONFIG, MANIFEST, SCHEMA_VERSION, WEIGHTS, ReleaseManifest, read_manifest
+from wattier_gnn.release_member import read_member
 from wattier_gnn.structure import DataError
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "SCHEMA_VERSION", "load_release", "other_files", "read_release_manifest", "verify_release"]
 
 
 def load_release(folder: Path | str) -> Ensemble:
-    """Load a release, after checking the hash of every file it names.
+    """Load a release, after checking the hash of every file it names; what is loaded are the bytes that were hashed.
 
     Raises:
-        DataError: a file is missing or changed, or the release was made by a newer version.
+        DataError: a file is missing or changed, lies elsewhere, or does not hold what it must; or the release was made
+            by a newer version, which is named.
     """
     folder = Path(folder)
-    manifest = read_release_manifest(folder)
-    members = tuple(_load_member(folder, member) for member in manifest["members"])
-    references = np.array(manifest["references_ev"], dtype=np.float64)
-    if references.shape != (len(members[0].config.sources), MAX_ATOMIC_NUMBER + 1):
-        raise DataError(f"{folder}: references_ev is {list(references.shape)}, but must be [S, 119]. Get it anew.")
-    calibration = manifest["calibration"]
-    return Ensemble(members, references, calibration["energy_std_scale"], calibration["forces_std_scale"])
+    return _load(folder, read_manifest(folder))
 
 
-def read_release_manifest(folder: Path) -> dict[str, Any]:
+def read_release_manifest(folder: Path | str) -> dict[str, Any]:
     """A release's manifest, once every file it names has the hash it states.
 
     Raises:
         DataError: no manifest, a newer schema, a missing or changed file, or a name that leaves the folder.
     """
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        version, files = manifest["schema_version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a readable manifest ({error}). Give the folder of a Wattier release.") from error
-    if version != SCHEMA_VERSION:
-        raise DataError(
-            f"{path}: schema_version is {version}, but must be {SCHEMA_VERSION}. "
-            f"Install the wattier that made it: pip install 'wattier=={manifest.get('wattier_version')}'."
-        )
-    for name, expected in files.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{path}: names {name!r}, but files must lie inside the release. Do not use this release.")
-        if not file.is_file():
-            raise DataError(f"{file}: is missing, but the manifest names it. Get the release anew.")
-        if (found := sha256_of(file)) != expected:
-            raise DataError(f"{file}: sha256 is {found[:12]}..., but must be {expected[:12]}... Get the release anew.")
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, due in manifest.files.items():
+        check_hash(folder, name, due)
+    return manifest.data
+
+
+def verify_release(folder: Path | str) -> ReleaseManifest:
+    """Check all that `load_release` does, and give the manifest.
+
+    Raises:
+        DataError: as `load_release`.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _load(folder, manifest)
     return manifest
 
 
-def _load_member(folder: Path, name: str) -> FoundationModel:
+def _load(folder: Path, manifest: ReleaseManifest) -> Ensemble:
+    """What is not read is hashed first; then one member after the other, since together they may be large."""
+    for name in sorted(set(manifest.files) - set(manifest.member_files)):
+        check_hash(folder, name, manifest.files[name])
+    members = tuple(_member(folder, manifest, name) for name in manifest.members)
     try:
-        model = FoundationModel(ModelConfig.from_dict(json.loads((folder / name / "config.json").read_text())))
-        model.load_state_dict(load_file(folder / name / "model.safetensors"))
-    except Exception as error:  # safetensors, json and torch each have their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{folder / name}: not a readable member ({reason}). Get the release anew.") from error
-    return model.eval()
+        parts = ensemble_parts(manifest.uncertainty, len(manifest.sources), len(members))
+    except DataError as error:
+        raise DataError(f"{folder / MANIFEST}: {error}") from error
+    return Ensemble(members, manifest.references_ev, **parts)
+
+
+def _member(folder: Path, manifest: ReleaseManifest, name: str) -> FoundationModel:
+    config, weights = f"{name}/{CONFIG}", f"{name}/{WEIGHTS}"
+    return read_member(
+        folder / name,
+        read_verified(folder, config, manifest.files[config], small=True),
+        read_verified(folder, weights, manifest.files[weights]),
+        manifest.sources,
+    )
+
+
+def other_files(folder: Path, manifest: ReleaseManifest) -> list[str]:
+    """Names of what lies in the folder and is no part of the release: nothing reads it, and its hash is unknown."""
+    known = {*manifest.files, MANIFEST}
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return sorted(set(found) - known)

@@ -132,7 +132,7 @@ def _repeats(config: ModelConfig, p: _Product) -> tuple[int, int]:
     if config.forces != "conservative":
         return 2 + int(p.learned) + int(again), 1
     if not p.moving:
-        return (5, 2) if again else (3, 1)
+        return (5, 2) if again else (2 + int(p.learned), 1)
     # Forces are a derivative, whose own derivative takes each of these products twice more.
     return (12, 3) if again else (6, 2)
 
@@ -165,7 +165,12 @@ def _operations(config: ModelConfig, edges_in_step: float, *, training: bool) ->
     if _is_chunked(config) and config.edge_chunk:
         layers *= max(1.0, 0.75 * edges_in_step / config.edge_chunk)  # a part of a layer works on atoms, once
     rest = once + (_DIRECT_OPERATIONS[training] if config.forces == "direct" else 0.0)
-    return layers + n_heads * (head + head_layer * config.n_head_layers) + rest
+    heads = n_heads * (head + head_layer * config.n_head_layers)
+    if config.energy_variance:  # no derivative is taken of its first derivative, as with forces that are no gradient
+        n_deviations = 1 if config.energy_heads == "shared" else len(config.sources)
+        _, head, head_layer, _ = _OPERATIONS[config.family, "vector", training]
+        heads += n_deviations * (head + head_layer * config.n_head_layers)
+    return layers + heads + rest
 
 
 def _products(config: ModelConfig) -> Iterator[_Product]:
@@ -175,6 +180,9 @@ def _products(config: ModelConfig) -> Iterator[_Product]:
     widths = [config.hidden_dim, *[config.head_dim] * config.n_head_layers]
     for a, b in itertools.pairwise(widths):  # an atom goes through the head of its source
         yield _Product(2 if config.energy_heads == "both" else 1, a, b, False, in_layer=False)
+    if config.energy_variance:  # reads what the encoder found, and teaches it nothing
+        for k, (a, b) in enumerate(itertools.pairwise(widths)):
+            yield _Product(1, a, b, False, moving=False, learned=k > 0, in_layer=False)
 
 
 def _egnn_layers(config: ModelConfig) -> Iterator[_Product]:
@@ -223,7 +231,7 @@ def n_parameters(config: ModelConfig) -> int:
     n_heads = 1 if config.energy_heads == "shared" else len(config.sources)
     widths = [h, *[d] * config.n_head_layers]
     head = sum((a + 1) * b for a, b in itertools.pairwise(widths)) + widths[-1]
-    total = N_ELEMENTS * h + head * (n_heads + int(config.energy_heads == "both"))
+    total = N_ELEMENTS * h + head * (n_heads * (1 + int(config.energy_variance)) + int(config.energy_heads == "both"))
     if config.family == "egnn":
         layer = (h + 1) * h + h * h + r * h + (h + 1) * h + (2 * h + 1) * h + (h + 1) * h
         total += config.n_layers * layer + (config.n_layers - 1) * ((h + 1) * h + h)

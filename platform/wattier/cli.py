@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
+from wattier.release_cli import push, verify
 from wattier.submit_cli import submit
 
 if TYPE_CHECKING:
@@ -122,8 +123,10 @@ def evaluate(target: Target) -> None:
     _refuse_own_model(target, "evaluate")
     with _opened(target) as (rundir, config, console):
         from wattier import run as steps
+        from wattier.evaluate_console import print_evaluation
 
         steps.evaluate(rundir, config, console)
+        print_evaluation(rundir, console.console)
 
 
 @app.command()
@@ -152,17 +155,24 @@ def study(
 
 
 @app.command()
-def export(target: Target) -> None:
+def export(
+    target: Target,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new folder, or an older release; RUN/release by default.")
+    ] = None,
+) -> None:
     """Write the release folder: weights, references, hashes, model card, example."""
     _refuse_own_model(target, "release")
     from wattier.release import export_release
 
     rundir = _existing(target)
     with rundir.lock():
-        typer.echo(export_release(rundir, rundir.config()))
+        typer.echo(export_release(rundir, rundir.config(), output.expanduser() if output else None))
 
 
 app.command()(submit)
+app.command()(verify)
+app.command()(push)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from wattier.config_combinations import refuse_wrong_combinations
-from wattier.config_ensemble import FullTrainingSection, SelectSection
+from wattier.config_ensemble import EnsembleSection, FullTrainingSection, SelectSection
 from wattier.config_errors import explain
 from wattier.config_search import SearchSection
 from wattier.config_space import (
@@ -70,6 +70,7 @@ class ModelSection(Section):
     energy_heads: a network a source, one for all, or the sum of the two. forces: minus the gradient of the energy, an
     equivariant vector head, or a head that is neither (the published kind). precision: of the encoder's linear layers.
     activation_checkpointing, edge_chunk: less memory for more work; edge_chunk counts edges and is for egnn alone.
+    energy_variance: a head that says by how much the energy will err; it changes neither energies nor forces.
     cutoff_angstrom: of the neighbours it sees, at most data.cutoff_angstrom; null = that.
     """
 
@@ -85,6 +86,7 @@ class ModelSection(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
     edge_chunk: Positive | None = None
+    energy_variance: bool = False
 
 
 class TrainingSection(Section):
@@ -255,6 +257,7 @@ class RunConfig(Section):
     search: SearchSection
     select: SelectSection = SelectSection()
     full_training: FullTrainingSection = FullTrainingSection()
+    ensemble: EnsembleSection = EnsembleSection()
     resources: ResourcesSection = ResourcesSection()
     telemetry: TelemetrySection = TelemetrySection()
 

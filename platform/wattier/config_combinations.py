@@ -50,7 +50,7 @@ def _nothing_of_our_models(config: RunConfig) -> None:
             "search.objectives names projected_joules, to train to convergence, which is not known of a trial of your "
             "own. Name energy_joules"
         )
-    for name in ("data", "model", "training", "full_training"):
+    for name in ("data", "model", "training", "full_training", "ensemble"):
         if (section := getattr(config, name)) != type(section)():
             raise ValueError(
                 f"{name} is given, which is for Wattier's own models, but trial names a function of yours, which sees "

@@ -38,3 +38,14 @@ class FullTrainingSection(Section):
     warm_start: bool = False
     budget: BudgetSection | None = None
     keep_checkpoints: Literal["needed", "all"] = "needed"
+
+
+class EnsembleSection(Section):
+    """How the trained members become one answer, and how sure it says it is; may change after training.
+
+    weights: equal, or fitted to validation errors (never below 0, drawn towards equal, the same for all sources).
+    coverage: the share of errors that intervals are meant to cover.
+    """
+
+    weights: Literal["equal", "fitted"] = "equal"
+    coverage: Annotated[float, Field(ge=0.5, le=0.99)] = 0.9

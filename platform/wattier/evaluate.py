@@ -1,41 +1,30 @@
-"""What the ensemble is worth on held-out groups: errors by source against the baseline, and calibration."""
+"""What the ensemble is worth: weights and calibration from validation groups, errors and coverage on test groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from wattier.config import RunConfig
 from wattier.config_combinations import reached
+from wattier.evaluation_figures import Split, figures_of
 from wattier.records import TrialResult, finite_or_none
 from wattier.rundir import RunDir, write_json
 from wattier.trial import load_member
 from wattier_gnn.batching import StepLimits, cut_into_steps
-from wattier_gnn.ensemble import Ensemble, spread
+from wattier_gnn.domain import TrainingDomain, measure_domain
+from wattier_gnn.ensemble import Ensemble, MemberNumbers, ensemble_blocks, ensemble_parts, what_is_said
+from wattier_gnn.intervals import STRUCTURES_FOR_OWN_FACTORS, EnsembleCalibration, Said, fit_calibration
 from wattier_gnn.splits import TEST, TRAIN, VAL
 from wattier_gnn.store import Store
-from wattier_gnn.uncertainty import calibration, fit_scale, rank_correlation
+from wattier_gnn.weights import N_FOLDS, FittedWeights, fit_weights, folds_of
 
 BATCH_STRUCTURES = 64
-MAX_PARITY_POINTS = 1000
-
-
-class Predictions(NamedTuple):
-    """An uncalibrated ensemble against the labels of B structures with N atoms; per-atom energies are [B]."""
-
-    energy_error_ev: Any  # [B]
-    energy_std_ev: Any  # [B]
-    energy_true_ev: Any  # [B] without the composition reference
-    n_atoms: Any  # [B]
-    source_index: Any  # [B]
-    force_true: Any  # [N, 3] eV/A
-    force_predicted: Any  # [N, 3] eV/A
-    force_std: Any  # [N, 3] eV/A
-    force_known: Any  # bool [N]
-    atom_source: Any  # [N]
+MOST_DOMAIN_STRUCTURES = 20_000  # of a source that its ranges are taken from: of more, single outliers would set them
 
 
 def evaluate_run(
@@ -47,34 +36,31 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate the members as one ensemble and write ``evaluation.json``."""
     store = Store(run.store_path)
-    ensemble = load_ensemble(run, members, store, device)
-    store = Store(run.store_path, ensemble.cutoff_angstrom)
-    limits = step_limits(config)
-    validation, test = (predict_split(ensemble, store, split, limits) for split in (VAL, TEST))
-    forces = _known_forces(validation)
-    scales = {
-        "energy": fit_scale(validation.energy_error_ev, validation.energy_std_ev),
-        "forces": fit_scale(*forces),
-    }
+    bare = load_ensemble(run, members, store, device)
+    store = Store(run.store_path, bare.cutoff_angstrom)
+    bare = replace(bare, domain=training_domain(store))
+    validation, test = (predict_split(bare, store, split, step_limits(config)) for split in (VAL, TEST))
+    fitted = fit_weights(error_products(validation, store, config)) if config.ensemble.weights == "fitted" else None
+    ensemble = calibrated(bare, validation, fitted, config.ensemble.coverage)
     evaluation = {
         "config_name": config.name,
+        "settings": config.ensemble.model_dump(),
         "members": [member_summary(member) for member in members],
-        "sources": {
-            name: finite_or_none(_source_metrics(store, test, index)) for index, name in enumerate(store.sources)
-        },
-        "calibration": {
-            "energy": calibration(
-                test.energy_error_ev, test.energy_std_ev * scales["energy"], scales["energy"]
-            )._asdict(),
-            "forces": calibration(
-                _known_forces(test)[0], _known_forces(test)[1] * scales["forces"], scales["forces"]
-            )._asdict(),
-        },
-        "parity": {name: _parity(test, index, scales["energy"]) for index, name in enumerate(store.sources)},
+        **figures_of(ensemble, test, _training_counts(store)),
+        "weights": _weights_block(members, fitted),
+        "uncertainty": ensemble_blocks(ensemble),
     }
     write_json(run.evaluation_path, finite_or_none(evaluation))
-    say(f"evaluation: {len(members)} members on {len(test.n_atoms)} held-out structures")
+    say(f"evaluation: {len(members)} members on {len(test.energy_true_ev)} held-out structures")
     return evaluation
+
+
+def still_holds(evaluation: Mapping[str, Any] | None, config: RunConfig, members: Sequence[TrialResult]) -> bool:
+    """Whether an evaluation is of these very members and settings, and not of a version that knew less."""
+    if evaluation is None:
+        return False
+    same = evaluation["members"] == [member_summary(member) for member in members]
+    return same and evaluation.get("settings") == config.ensemble.model_dump()
 
 
 def member_summary(member: TrialResult) -> dict[str, Any]:
@@ -89,9 +75,25 @@ def member_summary(member: TrialResult) -> dict[str, Any]:
 
 
 def load_ensemble(run: RunDir, members: Sequence[TrialResult], store: Store, device: torch.device) -> Ensemble:
-    """The trained members with the store's references, spread not yet calibrated."""
+    """The trained members with the store's references: alike in weight, not calibrated."""
     models = tuple(load_member(run.path / str(member.checkpoint)).to(device) for member in members)
     return Ensemble(models, store.references)
+
+
+def released_ensemble(
+    run: RunDir, members: Sequence[TrialResult], store: Store, evaluation: Mapping[str, Any], device: torch.device
+) -> Ensemble:
+    """The ensemble as it was evaluated, with weights, calibration and domain; of an earlier version, with its factors.
+
+    Raises:
+        DataError: a checkpoint or the evaluation is damaged.
+    """
+    bare = load_ensemble(run, members, store, device)
+    blocks = evaluation.get("uncertainty")
+    if blocks is None:
+        scales = {f"{name}_std_scale": evaluation["calibration"][name]["scale"] for name in ("energy", "forces")}
+        blocks = {"calibration": scales}
+    return replace(bare, **ensemble_parts(blocks, len(store.sources), len(members)))
 
 
 def step_limits(config: RunConfig) -> StepLimits:
@@ -103,71 +105,115 @@ def step_limits(config: RunConfig) -> StepLimits:
     return StepLimits(BATCH_STRUCTURES, atoms, edges)
 
 
-def predict_split(ensemble: Ensemble, store: Store, split: int, limits: StepLimits) -> Predictions:
-    """Run the ensemble over all structures of one split."""
+def training_domain(store: Store) -> TrainingDomain:
+    """What the training structures look like, for neighbours within the store's cutoff."""
+    chosen, generator = [], np.random.default_rng(0)
+    for source in range(len(store.sources)):
+        of_source = store.indices(TRAIN)[store.source_index[store.indices(TRAIN)] == source]
+        most = min(len(of_source), MOST_DOMAIN_STRUCTURES)
+        chosen.append(np.sort(generator.choice(of_source, most, replace=False)))
+    return measure_domain(_in_parts(store, np.concatenate(chosen)), store.sources, store.cutoff_angstrom)
+
+
+def _in_parts(store: Store, indices: Any) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(indices), BATCH_STRUCTURES):
+        yield store.gather(indices[start : start + BATCH_STRUCTURES])
+
+
+def predict_split(ensemble: Ensemble, store: Store, split: int, limits: StepLimits) -> Split:
+    """What the members say of all structures of one split, beside their labels."""
     indices = store.indices(split)
-    energies, forces, true_forces, known = [], [], [], []
+    said, true_forces, known = [], [], []
+    odd: list[str | None] = []
     for step in cut_into_steps(indices, limits, store.n_atoms, store.n_edges):
         arrays = store.gather(step)
-        prediction = ensemble.predict_arrays(arrays, np.zeros(len(arrays["energy"])))
-        energies.append(prediction.member_energies_ev)
-        forces.append(prediction.member_forces_ev_per_angstrom)
+        said.append(ensemble.members_say(arrays))
         true_forces.append(arrays["forces"])
         known.append(arrays["force_mask"])
-    energy, force = np.concatenate(energies, axis=1), np.concatenate(forces, axis=1)
-    true = store.energy[indices] - store.baseline_ev(indices)
-    n_atoms, source_index = store.n_atoms[indices], store.source_index[indices]
-    return Predictions(
-        energy.mean(axis=0) - true, spread(energy), true, n_atoms, source_index,
-        np.concatenate(true_forces), force.mean(axis=0), spread(force), np.concatenate(known),
-        np.repeat(source_index, n_atoms),
+        odd += [] if ensemble.domain is None else ensemble.domain.reasons(arrays)
+    return Split(
+        MemberNumbers(
+            np.concatenate([s.energies_ev for s in said], axis=1),
+            np.concatenate([s.forces_ev_per_angstrom for s in said], axis=1),
+            store.n_atoms[indices],
+            store.source_index[indices].astype(np.int64),
+            np.concatenate([s.energy_stds_ev for s in said], axis=1),
+        ),
+        store.energy[indices] - store.baseline_ev(indices),
+        np.concatenate(true_forces),
+        np.concatenate(known),
+        np.asarray(store.columns["group"][indices]),
+        tuple(odd),
+    )
+
+
+def error_products(validation: Split, store: Store, config: RunConfig) -> Any:
+    """Products of the members' errors, summed by fold of groups: float64 [K, M, M], see `weights.fit_weights`.
+
+    Errors are those of the training loss, energies by atom and force components in units of each source's scale, with
+    the run's weights; every source counts alike.
+    """
+    said, scale = validation.said, np.array(store.meta["energy_scale_ev"])
+    structure_of_atom = np.repeat(np.arange(len(said.n_atoms)), said.n_atoms)
+    atoms = np.flatnonzero(validation.force_known)
+    energy = (said.energies_ev - validation.energy_true_ev) / said.n_atoms / scale[said.source_index]
+    force = (said.forces_ev_per_angstrom - validation.force_true)[:, atoms]
+    force = force / scale[said.source_index[structure_of_atom[atoms]]][:, None]
+    fold, members = folds_of(validation.group), len(energy)
+    grams = np.zeros((N_FOLDS, members, members))
+    for weight, errors, owner in (
+        (config.training.energy_weight, energy[:, :, None], np.arange(len(said.n_atoms))),
+        (config.training.force_weight, force, structure_of_atom[atoms]),
+    ):
+        source = said.source_index[owner]
+        share = 1 / np.maximum(np.bincount(source, minlength=len(scale)), 1)[source] / errors.shape[2]
+        for k in range(N_FOLDS):
+            chosen = fold[owner] == k
+            part = errors[:, chosen]
+            grams[k] += weight * np.einsum("kax,lax,a->kl", part, part, share[chosen])
+    return grams / len(scale)
+
+
+def calibrated(bare: Ensemble, validation: Split, fitted: FittedWeights | None, coverage: float) -> Ensemble:
+    """The ensemble with its weights, and with deviations and intervals found on validation."""
+    ensemble = replace(bare, weights=None if fitted is None else fitted.weights)
+    answer = ensemble.combine(validation.said, 0.0)
+    said_energy, said_forces = what_is_said(validation.said, ensemble.weights_of_members)
+    n_sources, known = len(ensemble.sources), validation.force_known
+    source = validation.said.source_index
+    with_forces = np.unique(np.repeat(np.arange(len(source)), validation.said.n_atoms)[known])
+    own_energy, own_forces = (
+        (np.bincount(s, minlength=n_sources) >= STRUCTURES_FOR_OWN_FACTORS).tolist()
+        for s in (source, source[with_forces])
+    )
+    force_errors = (answer.forces_ev_per_angstrom - validation.force_true)[known].ravel()
+    flat = Said(
+        said_forces.spread[known].ravel(), said_forces.dof, said_forces.aleatoric[known].ravel(),
+        said_forces.source_index[known].ravel(), 1.0,
     )  # fmt: skip
+    energy = fit_calibration(answer.energy_ev - validation.energy_true_ev, said_energy, n_sources, coverage, own_energy)
+    forces = fit_calibration(force_errors, flat, n_sources, coverage, own_forces)
+    return replace(ensemble, calibration=EnsembleCalibration(coverage, energy, forces))
 
 
-def _known_forces(p: Predictions) -> tuple[Any, Any]:
-    """Errors and spreads of all force components with a label: two [n]."""
-    known = p.force_known
-    return (p.force_predicted - p.force_true)[known].ravel(), p.force_std[known].ravel()
+def _training_counts(store: Store) -> Any:
+    return np.bincount(store.source_index[store.indices(TRAIN)], minlength=len(store.sources))
 
 
-def _source_metrics(store: Store, p: Predictions, index: int) -> dict[str, Any]:
-    chosen = p.source_index == index
-    error, true, n_atoms = p.energy_error_ev[chosen], p.energy_true_ev[chosen], p.n_atoms[chosen]
-    atoms = (p.atom_source == index) & p.force_known
-    force_true, force_predicted = p.force_true[atoms].ravel(), p.force_predicted[atoms].ravel()
-    varied = len(force_true) > 1 and np.ptp(force_true) > 0 and np.ptp(force_predicted) > 0
-    baseline = float(np.abs(true).mean())
-    mae = float(np.abs(error).mean())
-    force_error = force_predicted - force_true
+def _weights_block(members: Sequence[TrialResult], fitted: FittedWeights | None) -> dict[str, Any]:
+    """What each member counts, and how that was found."""
+    weights = [1 / len(members)] * len(members) if fitted is None else fitted.weights
+    method = "all members alike"
+    if fitted is not None:
+        method = (
+            "least squares of validation errors over weights of 0 or more with the sum 1, drawn towards equal weights "
+            f"by a ridge of {fitted.ridge:g} that cross-validation over groups chose"
+        )
     return {
-        "n_structures": int(chosen.sum()),
-        "n_train": int((store.source_index[store.indices(TRAIN)] == index).sum()),
-        "energy_mae_ev": mae,
-        "energy_mae_ev_per_atom": float(np.abs(error / n_atoms).mean()),
-        "energy_rmse_ev": float(np.sqrt(np.mean(error**2))),
-        "force_mae_ev_per_angstrom": float(np.abs(force_error).mean()) if len(force_true) else None,
-        "force_rmse_ev_per_angstrom": float(np.sqrt(np.mean(force_error**2))) if len(force_true) else None,
-        "force_correlation": float(np.corrcoef(force_true, force_predicted)[0, 1]) if varied else None,
-        "reference_energy_mae_ev": baseline,
-        "energy_mae_ratio": mae / baseline if baseline else None,
-        "spearman_error_spread": rank_correlation(np.abs(error), p.energy_std_ev[chosen]),
+        "kind": "equal" if fitted is None else "fitted",
+        "method": method,
+        "by_member": {member.trial_id: weight for member, weight in zip(members, weights, strict=True)},
+        "validation_error_equal": None if fitted is None else fitted.error_equal,
+        "validation_error_fitted": None if fitted is None else fitted.error_fitted,
+        "validation_error_cross": None if fitted is None else fitted.error_cross,
     }
-
-
-def _parity(p: Predictions, index: int, scale: float) -> dict[str, list[float]]:
-    """Points for the parity plots, thinned evenly to at most 1000 a series."""
-    chosen = np.flatnonzero(p.source_index == index)
-    chosen = chosen[:: max(1, len(chosen) // MAX_PARITY_POINTS)]
-    n_atoms = p.n_atoms[chosen]
-    atoms = (p.atom_source == index) & p.force_known
-    force_true, force_predicted = p.force_true[atoms].ravel(), p.force_predicted[atoms].ravel()
-    step = max(1, len(force_true) // MAX_PARITY_POINTS)
-    true = p.energy_true_ev[chosen] / n_atoms
-    series = {
-        "energy_true_ev_per_atom": true,
-        "energy_predicted_ev_per_atom": true + p.energy_error_ev[chosen] / n_atoms,
-        "energy_std_ev_per_atom": p.energy_std_ev[chosen] * scale / n_atoms,
-        "force_true_ev_per_angstrom": force_true[::step],
-        "force_predicted_ev_per_angstrom": force_predicted[::step],
-    }
-    return {name: np.round(values, 5).tolist() for name, values in series.items()}

@@ -1,110 +1,145 @@
-"""A self-contained folder with the ensemble: weights, references, hashes, a model card and an example."""
+"""A run's ensemble as a release: a folder that stands alone, with a card that says what it is and what it cost."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from safetensors.torch import save_file
+import torch
 
 from wattier.config import RunConfig
 from wattier.errors import UserError
-from wattier.ledger import ledger_info
-from wattier.records import TrialResult
+from wattier.evaluate import released_ensemble
+from wattier.ledger import LedgerInfo, ledger_info
+from wattier.model_card import CardFacts, release_texts
+from wattier.records import PhaseEnergy, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir
-from wattier.trial import load_member, settings_of
-from wattier.units import format_joules
-from wattier_gnn.files import sha256_of
-from wattier_gnn.properties import promised
-from wattier_gnn.release import MANIFEST, SCHEMA_VERSION, load_release
+from wattier_gnn.release_writer import write_release
 from wattier_gnn.store import Store
 
 LICENSE_OF_SAMPLE = "BSD-3-Clause"
-FAMILY_NAMES = {"egnn": "EGNN", "schnet": "SchNet", "pna": "PNA"}
+SAMPLE_PARTS = ("wattier_gnn", "sample", "data")  # where the sample lies in any installation
 
 
-def export_release(run: RunDir, config: RunConfig) -> Path:
-    """Write ``release/`` anew, whole or not at all, and load it back as a check.
+def export_release(run: RunDir, config: RunConfig, output: Path | None = None) -> Path:
+    """Write a run's release anew, whole or not at all; it is loaded back before it takes the place of an older one.
+
+    Args:
+        run: an evaluated run.
+        config: that it was made with.
+        output: a new folder, or an older release; None = ``release/`` in the run, which is ours whatever it holds.
 
     Raises:
-        UserError: the run is not evaluated yet.
+        UserError: the run is not evaluated yet, or a member of the evaluation is no longer in the run.
+        DataError: the folder holds something that is no release.
     """
     evaluation = run.evaluation()
     if evaluation is None:
         raise UserError(f"{run.path}: is not evaluated yet. Run `wattier evaluate` first.")
-    results = {result.trial_id: result for result in run.trials(FULL_STAGE)}
-    members = [results[member["trial_id"]] for member in evaluation["members"]]
-    temporary = run.path / f".release.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        for member in members:
-            _write_member(temporary / member.trial_id, run, member)
-        _write_texts(temporary, run, config, evaluation, members)
-        manifest = _manifest(temporary, run, config, evaluation, members)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
-        load_release(temporary)
-        shutil.rmtree(run.release_path, ignore_errors=True)
-        temporary.rename(run.release_path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return run.release_path
-
-
-def _write_member(folder: Path, run: RunDir, member: TrialResult) -> None:
-    model = load_member(run.path / str(member.checkpoint))
-    folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2))
-
-
-def _write_texts(
-    folder: Path, run: RunDir, config: RunConfig, evaluation: dict[str, Any], members: list[TrialResult]
-) -> None:
-    """The model card in the Hugging Face format, and the example script."""
-    # Markdown and Python, not HTML: escaping would spoil them.
-    templates = Environment(loader=PackageLoader("wattier"), undefined=StrictUndefined, autoescape=False)
-    models = [settings_of(config, m.params)[0] for m in members]
-    values = {
-        "config": config,
-        "families": sorted({FAMILY_NAMES[m.family] for m in models}),
-        "promises": frozenset.intersection(*(promised(m.family, m.forces) for m in models)),
-        "evaluation": evaluation,
-        "ledger": ledger_info(run),
-        "format_joules": format_joules,
-        "first_source": next(iter(evaluation["sources"])),
-        "wattier_version": version("wattier"),
-        "license": LICENSE_OF_SAMPLE if set(config.data.sources.values()) == {"sample"} else None,
-    }
-    for template, name in (("model_card.md", "README.md"), ("example.py.txt", "example.py")):
-        (folder / name).write_text(templates.get_template(template).render(values))
-
-
-def _manifest(
-    folder: Path, run: RunDir, config: RunConfig, evaluation: dict[str, Any], members: list[TrialResult]
-) -> dict[str, Any]:
+    members = _members(run, evaluation)
     store = Store(run.store_path)
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    calibration = evaluation["calibration"]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "wattier_version": version("wattier"),
-        "name": config.name,
-        "sources": list(store.sources),
-        "members": [member.trial_id for member in members],
-        "references_ev": store.references.tolist(),
-        "calibration": {
-            "energy_std_scale": calibration["energy"]["scale"],
-            "forces_std_scale": calibration["forces"]["scale"],
+    ensemble = released_ensemble(run, members, store, evaluation, torch.device("cpu"))
+    ledger, data = ledger_info(run), data_facts(store.meta["by_source"], config.data.sources)
+    facts = [member_facts(member) for member in members]
+    names = [member.trial_id for member in members]
+    card = CardFacts(
+        name=config.name,
+        wattier_version=version("wattier"),
+        ensemble=ensemble,
+        member_names=names,
+        member_facts=facts,
+        evaluation=evaluation,
+        phases=ledger.phases,
+        total=ledger.total,
+        data=data,
+        license=LICENSE_OF_SAMPLE if all(about["is_sample"] for about in data.values()) else None,
+    )
+    return write_release(
+        output or run.release_path,
+        ensemble,
+        names,
+        name=config.name,
+        wattier_version=card.wattier_version,
+        facts=facts,
+        about={
+            "metrics": evaluation["sources"],
+            "energy_by_phase": energy_by_phase(ledger),
+            "energy_total": _phase(ledger.total),  # not always the sum: what two phases claim counts once
+            "data": data,
+            "license": card.license,
         },
-        "metrics": evaluation["sources"],
-        "energy_by_phase": [
-            {"phase": phase.phase, "joules": phase.joules, "method": phase.method} for phase in ledger_info(run).phases
-        ],
-        "files": {name: sha256_of(folder / name) for name in files},
+        texts=release_texts(card),
+        replace_any=output is None,
+    )
+
+
+def _members(run: RunDir, evaluation: Mapping[str, Any]) -> list[TrialResult]:
+    results = {result.trial_id: result for result in run.trials(FULL_STAGE)}
+    names = [member["trial_id"] for member in evaluation["members"]]
+    if missing := [name for name in names if name not in results]:
+        raise UserError(
+            f"{run.evaluation_path}: evaluates {missing[0]}, which {run.trials_path} does not hold as fully trained. "
+            "Run `wattier evaluate` again."
+        )
+    return [results[name] for name in names]
+
+
+def member_facts(member: TrialResult) -> dict[str, Any]:
+    """What a manifest says of a member beside its config."""
+    return {
+        "params": member.params,
+        "val_loss": member.val_loss,
+        "epochs_done": member.epochs_done,
+        "n_parameters": member.n_parameters,
+        "energy_joules": member.energy_joules,
+        "energy_method": member.energy.method,
+        "devices": list(member.devices),
+    }
+
+
+def data_facts(by_source: Mapping[str, Any], sources: Mapping[Any, str]) -> dict[str, dict[str, Any]]:
+    """What is known of each source of a store: where it is from, its licence, how much of it there is.
+
+    Args:
+        by_source: of a store's manifest.
+        sources: paths of a config's data section.
+    """
+    found = {}
+    for name, about in by_source.items():
+        paths = [str(file.get("path", "")) for file in about.get("files") or ()]
+        is_sample = sources.get(name) == "sample" or (bool(paths) and all(map(_is_of_sample, paths)))
+        found[name] = {
+            "licence": LICENSE_OF_SAMPLE if is_sample else about.get("licence"),
+            "citation": about.get("citation"),
+            "method": about.get("method"),
+            "labels": about.get("labels"),
+            "structures": about.get("structures"),
+            "elements": about.get("elements"),
+            "is_sample": is_sample,
+        }
+    return found
+
+
+def _is_of_sample(path: str) -> bool:
+    parts, n = PurePath(path).parts, len(SAMPLE_PARTS)
+    return any(parts[k : k + n] == SAMPLE_PARTS for k in range(len(parts)))
+
+
+def energy_by_phase(ledger: LedgerInfo) -> list[dict[str, Any]]:
+    """The bill as a manifest has it."""
+    return [_phase(phase) for phase in ledger.phases]
+
+
+def _phase(phase: PhaseEnergy) -> dict[str, Any]:
+    bounds_known = phase.method != "estimated"  # those of an estimate are of its time, not of its watts
+    return {
+        "phase": phase.phase,
+        "joules": phase.joules,
+        "joules_low": phase.joules_low if bounds_known else None,
+        "joules_high": phase.joules_high if bounds_known else None,
+        "method": phase.method,
+        "coverage_ratio": phase.coverage_ratio,
+        "trials": phase.trials,
     }

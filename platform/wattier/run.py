@@ -14,7 +14,7 @@ from wattier.config import RunConfig
 from wattier.costs import costs_of, fidelity_of, refuse_small_budget
 from wattier.departure import LeaveNote, NotFinishedError
 from wattier.errors import UserError
-from wattier.evaluate import evaluate_run, member_summary
+from wattier.evaluate import evaluate_run, still_holds
 from wattier.fulltrain import train_members, trained_members, untrained
 from wattier.funnel import is_over, run_search, stage_end
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
@@ -161,8 +161,7 @@ def _make_room(run: RunDir, config: RunConfig, listener: Listener) -> None:
 def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
     """Evaluate the ensemble, unless these very members are evaluated already."""
     members = trained_members(run)
-    evaluation = run.evaluation()
-    if evaluation is not None and evaluation["members"] == [member_summary(member) for member in members]:
+    if still_holds(run.evaluation(), config, members):
         return
     if (reason := LeaveNote(run).due()) is not None:
         raise NotFinishedError(reason)

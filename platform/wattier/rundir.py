@@ -40,6 +40,7 @@ __all__ = [
 _MAY_CHANGE = {
     "search": ("budget", "max_concurrent", "storage"),
     "full_training": ("budget", "keep_checkpoints"),
+    "ensemble": ("weights", "coverage"),
     "resources": ("address", "retries", "walltime_seconds"),
 }
 
