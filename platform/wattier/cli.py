@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
+from wattier.finetune_cli import finetune
 from wattier.release_cli import push, verify
 from wattier.submit_cli import submit
 
@@ -171,6 +172,7 @@ def export(
 
 
 app.command()(submit)
+app.command()(finetune)
 app.command()(verify)
 app.command()(push)
 
