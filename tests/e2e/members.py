@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import workplace
 import yaml
 from observed import observed_seconds
-from workplace import TIMEOUT_SECONDS, Workplace
+from workplace import Workplace
 
 from wattier.departure import EXIT_NOT_FINISHED
 from wattier.ledger import FULL_PHASE, ledger_info
@@ -66,7 +67,7 @@ def disturb(place: Workplace, walltime_seconds: float) -> Disturbed:
         _wait(process, place, began)
         process.send_signal(number)
         sent = time.monotonic()
-        _, outcome.said[name] = process.communicate(timeout=TIMEOUT_SECONDS)
+        _, outcome.said[name] = process.communicate(timeout=workplace.TIMEOUT_SECONDS)
         outcome.codes[name], outcome.seconds[name] = process.returncode, time.monotonic() - sent
     for name, options in (("walltime", ("--walltime", f"{walltime_seconds:g}")), ("rest", ())):
         started = time.monotonic()
@@ -78,7 +79,7 @@ def disturb(place: Workplace, walltime_seconds: float) -> Disturbed:
 
 def _wait(process: Any, place: Workplace, began: dict[Path, int]) -> None:
     """Until two members, or as many as there are, have each gone on for two epochs more."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + workplace.TIMEOUT_SECONDS
     while True:
         now = {path: epochs_of(path) for path in place.run_dir.glob("trials/full/*")}
         if sum(n >= began.get(path, 0) + 2 for path, n in now.items()) >= 2:
@@ -122,11 +123,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--walltime", type=float, default=40.0, help="of the third command, s")
+    parser.add_argument("--epochs", type=int, help="fewer than the run's, to take less time")
     options = parser.parse_args()
+    workplace.TIMEOUT_SECONDS = 3600
     with tempfile.TemporaryDirectory(prefix="members-") as name:
-        straight, disturbed = (undone(options.run.absolute(), Path(name) / part) for part in ("straight", "disturbed"))
+        changes: dict[str, Any] = {}
+        if options.epochs is not None:
+            changes["full_training"] = {
+                **RunDir(options.run).config().full_training.model_dump(),
+                "epochs": options.epochs,
+            }
+        straight, disturbed = (
+            undone(options.run.absolute(), Path(name) / part, **changes) for part in ("straight", "disturbed")
+        )
         done = straight.wattier("train", str(straight.run_dir), witnessed=True)
-        print(f"in peace: exit code {done.returncode}")
+        print(f"in peace: exit code {done.returncode}", flush=True)
         outcome = disturb(disturbed, options.walltime)
         for part, code in outcome.codes.items():
             print(f"{part}: exit code {code}, {outcome.seconds[part]:.1f} s")
