@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from wattier_gnn.sharding import load_state, model_state, optimizer_state
 from wattier_gnn.structure import DataError
 
 MOST_STEPS_UNASKED = 1000
+LONGEST_UNASKED_SECONDS = 1.0  # where somebody may ask the training to leave
+SLOWEST_SAVE = 3.0  # times what the slowest one took until now: file systems have bad days
+
+Leaves = Callable[[float], bool]  # whether to save and leave now, given how many seconds that will take
 
 
 @dataclass
@@ -31,7 +37,10 @@ class TrainState:
         steps: steps done in all.
         loss_sum, loss_steps: over the steps of that epoch which were taken; a step that is not finite is not.
         seconds, data_wait_seconds: spent on that epoch so far.
-        ended: "" while it runs; "epochs", "early_stop", "stopped", "diverged".
+        anchor_val_loss: the best one at the last significant improvement, by which the next one is judged: many small
+            steps add up to a significant one. None = the best one.
+        save_seconds: what the slowest checkpoint took to write.
+        ended: "" while it runs; "epochs", "early_stop", "stopped", "diverged"; "left" where it goes on another time.
         extra: whatever the caller hangs on a checkpoint.
     """
 
@@ -45,6 +54,8 @@ class TrainState:
     best_val_loss: float = math.inf
     best_epoch: int = 0
     epochs_without_improvement: int = 0
+    anchor_val_loss: float | None = None
+    save_seconds: float = field(default=0.0, compare=False)
     structures_seen: int = 0
     ended: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -110,32 +121,53 @@ class Snapshot:
         return state
 
 
+class Due(Enum):
+    """What a training does after a step."""
+
+    GO_ON = "go on"
+    SAVE = "save"
+    LEAVE = "leave"  # and save first
+
+
 class CheckpointClock:
-    """Says after which steps to save: about every `seconds`, the same steps on all ranks, by rank 0's clock.
+    """Says after which steps to save, about every `seconds`, and when to leave: alike on all ranks, by rank 0's word.
 
     Ranks agree by a message of rank 0, which is not worth one a step: each message also says how many steps to take
     before the next, half of what is left of the time.
     """
 
-    def __init__(self, seconds: float, device: torch.device) -> None:
-        self._seconds, self._device = seconds, device
+    def __init__(self, seconds: float, device: torch.device, leaves: Leaves | None = None) -> None:
+        """leaves: asked on rank 0 about once a second; None = nobody ever asks this training to leave."""
+        self._seconds, self._device, self._leaves = seconds, device, leaves
         self._saved_at = self._asked_at = time.monotonic()
         self._steps = self._ask_after = 1
 
-    def is_due(self) -> bool:
-        """Asked once after every step, on every rank."""
+    def after_step(self, save_seconds: float) -> Due:
+        """Asked once after every step, on every rank; save_seconds: what the slowest checkpoint took until now."""
         self._steps -= 1
         if self._steps > 0:
-            return False
+            return Due.GO_ON
         now = time.monotonic()
         left = self._seconds - (now - self._saved_at)
         per_step = max((now - self._asked_at) / self._ask_after, 1e-6)
         due = left <= 0
-        wanted = min(MOST_STEPS_UNASKED, max(1, int((self._seconds if due else left) / per_step / 2)))
+        wait = self._seconds if due else left
+        if self._leaves is not None:
+            wait = min(wait, 2 * LONGEST_UNASKED_SECONDS)
+        wanted = min(MOST_STEPS_UNASKED, max(1, int(wait / per_step / 2)))
+        if self._leaves is not None and self._leaves(2 * wanted * per_step + SLOWEST_SAVE * save_seconds):
+            wanted = 0
         answer = int(from_rank_zero(float(-wanted if due else wanted), self._device))
-        self._steps = self._ask_after = abs(answer)
+        self._steps = self._ask_after = max(1, abs(answer))
         self._asked_at = now
-        return answer < 0
+        if answer == 0:
+            return Due.LEAVE
+        return Due.SAVE if answer < 0 else Due.GO_ON
+
+    def other_steps(self) -> None:
+        """Steps of another length follow, as validation's do: ask after the first of them."""
+        self._steps = self._ask_after = 1
+        self._asked_at = time.monotonic()
 
     def saved(self) -> None:
         """Begin to count anew: there is a checkpoint, of the middle or of the end of an epoch."""

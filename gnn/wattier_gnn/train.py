@@ -28,7 +28,7 @@ from wattier_gnn.prefetch import Loader
 from wattier_gnn.sampling import Sampler, source_shares
 from wattier_gnn.schedule import Schedule
 from wattier_gnn.sharding import clip_gradients, model_state, spread_over_ranks
-from wattier_gnn.snapshot import CheckpointClock, Snapshot, TrainState
+from wattier_gnn.snapshot import CheckpointClock, Due, Leaves, Snapshot, TrainState
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
 from wattier_gnn.train_config import EpochReport, TrainConfig
@@ -54,8 +54,12 @@ class Trainer:
         device: torch.device,
         world: World | None = None,
         before_save: Callable[[TrainState], None] | None = None,
+        leaves: Leaves | None = None,
     ) -> None:
-        """before_save: called on rank 0 before each checkpoint, to hang something on its `extra`.
+        """Build what a training needs.
+
+        before_save: called on rank 0 before each checkpoint, to hang something on its `extra`. leaves: asked on rank 0
+        about once a second, with the seconds that saving will take: True = save and leave, within the epoch.
 
         Raises:
             DataError: the store's batches have longer edges than the model takes.
@@ -66,7 +70,7 @@ class Trainer:
         self.train_indices, self.val_indices = train_indices, val_indices
         all_indices = np.concatenate([train_indices, val_indices])
         self.n_edges = edges_to_cut_by(store, all_indices, config.limits, self.world, device)
-        self.state, self._before_save = TrainState(), before_save
+        self.state, self._before_save, self._leaves = TrainState(), before_save, leaves
         self.model = model.to(device)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
         self._is_spread = config.sharding == "fsdp" and self.world.size > 1
@@ -110,7 +114,8 @@ class Trainer:
         self.clock = self._new_clock()
         try:
             while not self.state.ended:
-                self._epoch(on_epoch)
+                if not self._left_before_epoch():
+                    self._epoch(on_epoch)
         finally:
             # Gone before the process group: as the group's last holder it would destroy it, and wait, holding the GIL,
             # for a thread that needs the GIL.
@@ -120,8 +125,14 @@ class Trainer:
     def _epoch(self, on_epoch: OnEpoch) -> None:
         state = self.state
         started = time.monotonic() - state.seconds
-        train_loss = self._train_epoch(started)
-        val_loss, by_source = self.validate()
+        try:
+            train_loss = self._train_epoch(started)
+            val_loss, by_source = self.validate()
+        except _LeftError:
+            state.seconds = time.monotonic() - started
+            self._save()  # with the place within the epoch, or its end, where only validation is left to do
+            state.ended = "left"
+            return
         state.epoch += 1
         state.structures_seen += self.sampler.n_draws
         learning_rate = self.schedule.learning_rate  # of its last step
@@ -144,7 +155,20 @@ class Trainer:
         self._save()
 
     def _new_clock(self) -> CheckpointClock:
-        return CheckpointClock(self.config.checkpoint_seconds, self.device)
+        return CheckpointClock(self.config.checkpoint_seconds, self.device, self._leaves)
+
+    def _other_steps(self) -> None:
+        if self._leaves is not None:
+            self.clock.other_steps()
+
+    def _left_before_epoch(self) -> bool:
+        """Whether to leave before the next epoch begins: where it does, the last checkpoint is of this very moment."""
+        if self._leaves is None:
+            return False
+        self.clock.other_steps()
+        if self.clock.after_step(self.state.save_seconds) is Due.LEAVE:
+            self.state.ended = "left"
+        return self.state.ended == "left"
 
     def _train_epoch(self, started: float) -> float:
         """Mean loss of the steps that were taken; NaN if there was none."""
@@ -161,11 +185,15 @@ class Trainer:
                 totals += self._step(batch, n_structures)
                 drawn, state.step, state.steps = drawn + n_structures, state.step + 1, state.steps + 1
                 state.data_wait_seconds = self.loader.wait_seconds - waited
-                if self.clock.is_due():
-                    state.seconds = time.monotonic() - started
+                due = self.clock.after_step(state.save_seconds)
+                if due is not Due.GO_ON:
                     state.loss_sum, state.loss_steps = totals.tolist()
+                if due is Due.LEAVE:
+                    raise _LeftError
+                if due is Due.SAVE:
+                    state.seconds = time.monotonic() - started
                     self._save()
-        loss_sum, loss_steps = totals.tolist()
+        loss_sum, loss_steps = state.loss_sum, state.loss_steps = totals.tolist()
         return loss_sum / loss_steps if loss_steps else math.nan
 
     def _step(self, batch: Batch, n_structures: int) -> Tensor:
@@ -214,10 +242,14 @@ class Trainer:
         """Error sums [S, 7] over all ranks, see `loss.error_sums`."""
         model.eval()
         sums = torch.zeros(len(self.store.sources), N_SUMS, dtype=torch.float64, device=self.device)
+        self._other_steps()
         with torch.no_grad(), self.loader.reading(self._split(self._cut(np.asarray(indices)))) as batches:
             for _, batch in batches:
                 if len(batch.n_atoms) or self._is_spread:  # the weights of a spread model are gathered by all ranks
                     sums += error_sums(model(batch), batch, len(sums))
+                if self._leaves is not None and self.clock.after_step(self.state.save_seconds) is Due.LEAVE:
+                    raise _LeftError
+        self._other_steps()
         return all_sum(sums)
 
     def _cut(self, order: Any) -> Iterator[Any]:
@@ -236,8 +268,10 @@ class Trainer:
             state.ended = "diverged"
             return False
         improved = val_loss < state.best_val_loss
-        significant = val_loss < state.best_val_loss * (1 - self.config.min_improvement_ratio)
+        anchor = state.best_val_loss if state.anchor_val_loss is None else state.anchor_val_loss
+        significant = val_loss < anchor * (1 - self.config.min_improvement_ratio)
         state.epochs_without_improvement = 0 if significant else state.epochs_without_improvement + 1
+        state.anchor_val_loss = val_loss if significant else anchor
         if improved:
             state.best_val_loss, state.best_epoch = val_loss, state.epoch
         if state.epoch >= self.config.epochs:
@@ -262,7 +296,9 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._before_save is not None:
                 self._before_save(self.state)
+        began = time.monotonic()
         self.snapshot.save(self.state)
+        self.state.save_seconds = max(self.state.save_seconds, time.monotonic() - began)
         self.clock.saved()
 
     def _save_best(self) -> None:
@@ -270,6 +306,10 @@ class Trainer:
         if self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_atomically(weights, self.best_path)
+
+
+class _LeftError(Exception):
+    """Raised on all ranks after the same step: this training goes on another time."""
 
 
 class _SkippingAdamW(torch.optim.AdamW):

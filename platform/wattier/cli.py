@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
+from wattier.finetune_cli import finetune
 from wattier.predict_cli import predict
 from wattier.release_cli import push, verify
 from wattier.submit_cli import submit
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from wattier.console import RunConsole
     from wattier.rundir import RunDir
 
-EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_FAILED_TRIALS = 1, 2, 3
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_FAILED_TRIALS = 1, 2, 3  # and departure.EXIT_NOT_FINISHED, 75: run me again
 FAILURES_SHOWN = 3
 
 app = typer.Typer(
@@ -49,16 +50,24 @@ Target = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print trials, joules, device-hours and disk of what is left; start nothing.")
 ]
+Walltime = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="How long this command may last: seconds, HH:MM:SS or D-HH:MM:SS. Before that, trials save and it ends "
+        "with exit code 75: run it again. Inside a Slurm, PBS or Flux job it knows by itself.",
+    ),
+]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, such as configs/quickstart.yaml.")]
 
 
 @app.command()
-def run(target: Target, dry_run: DryRun = False) -> None:
+def run(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -> None:
     """Do everything that is left of a run: data, search, selection, training, evaluation, release, report."""
     if dry_run:
         _print_plan(target)
         return
-    with _opened(target) as (rundir, config, console):
+    with _opened(target, walltime) as (rundir, config, console):
         from wattier import run as steps
         from wattier.console import print_ledger, print_tiers
 
@@ -83,12 +92,12 @@ def status(target: Target) -> None:
 
 
 @app.command()
-def search(target: Target, dry_run: DryRun = False) -> None:
+def search(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -> None:
     """Prepare the data and run the stages of the search."""
     if dry_run:
         _print_plan(target)
         return
-    _step(target, lambda steps: steps.search)
+    _step(target, lambda steps: steps.search, walltime)
     _exit_of_failed_trials(_existing(target))
 
 
@@ -104,10 +113,10 @@ def select(target: Target) -> None:
 
 
 @app.command()
-def train(target: Target) -> None:
+def train(target: Target, walltime: Walltime = None) -> None:
     """Train the picked trials to convergence."""
     _refuse_own_model(target, "train")
-    _step(target, lambda steps: steps.train)
+    _step(target, lambda steps: steps.train, walltime)
 
 
 @app.command()
@@ -165,6 +174,7 @@ def export(
 
 app.command()(predict)
 app.command()(submit)
+app.command()(finetune)
 app.command()(verify)
 app.command()(push)
 
@@ -249,8 +259,8 @@ def _print_plan(target: Path) -> None:
     print_plan(info, make_console())
 
 
-def _step(target: Path, step: Callable[[Any], Callable[..., Any]]) -> None:
-    with _opened(target) as (rundir, config, console):
+def _step(target: Path, step: Callable[[Any], Callable[..., Any]], walltime: str | None) -> None:
+    with _opened(target, walltime) as (rundir, config, console):
         from wattier import run as steps
 
         with steps.launcher_for(config) as launcher:
@@ -284,10 +294,12 @@ def _exit_of_failed_trials(rundir: RunDir) -> None:
 
 
 @contextmanager
-def _opened(target: Path) -> Iterator[tuple[RunDir, RunConfig, RunConsole]]:
-    """The run of a config or a run directory, locked, with a console that shows its progress."""
+def _opened(target: Path, walltime: str | None = None) -> Iterator[tuple[RunDir, RunConfig, RunConsole]]:
+    """The run of a config or a run directory, locked, with a console that shows its progress; it leaves in time."""
     from wattier.config import load_config
+    from wattier.departure import EXIT_NOT_FINISHED, NotFinishedError, leaving_in_time
     from wattier.rundir import RunDir
+    from wattier.walltime import limit_of
 
     if target.is_dir():
         rundir = RunDir.open(target)
@@ -295,12 +307,18 @@ def _opened(target: Path) -> Iterator[tuple[RunDir, RunConfig, RunConsole]]:
     else:
         config = load_config(target)
         rundir = RunDir.create(config)
+    limit = limit_of(walltime, config.resources.walltime_seconds)
     with rundir.lock():
-        from wattier.console import RunConsole
+        from wattier.console import RunConsole, words_of_departure
 
         try:
-            with RunConsole(rundir) as console:
+            with leaving_in_time(rundir, limit) as departure, RunConsole(rundir) as console:
+                for words in words_of_departure(departure):
+                    console.say(words)
                 yield rundir, config, console
+        except NotFinishedError as why:
+            typer.echo(f"Not finished ({why}). What was done is saved; the same command goes on from here.", err=True)
+            raise typer.Exit(EXIT_NOT_FINISHED) from None
         except KeyboardInterrupt:
             typer.echo("Interrupted. The same command goes on from here.", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -176,6 +176,8 @@ class ResourcesSection(Section):
     address: of a running Ray cluster, or null for a private one on this machine. retries: of a trial whose process
     fails, hangs or is lost with its node. stall_seconds: how long a trial may go without reporting an epoch or saving a
     checkpoint before its processes are killed, and how long one may wait for nodes that could hold it; null = for ever.
+    walltime_seconds: how long one command may last before its trials save and it leaves, to be run again; null = as
+    long as the batch job that it runs in.
     allow_power_cap: whether trials may set power limits of GPUs, which are put back afterwards.
     """
 
@@ -184,6 +186,7 @@ class ResourcesSection(Section):
     address: str | None = None
     retries: Annotated[int, Field(ge=0)] = 1
     stall_seconds: PositiveFloat | None = 1800.0
+    walltime_seconds: PositiveFloat | None = None
     allow_power_cap: bool = False
 
 

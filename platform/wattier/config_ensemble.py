@@ -26,8 +26,10 @@ class SelectSection(Section):
 class FullTrainingSection(Section):
     """Training of the picked trials to convergence on all training structures.
 
+    early_stop_patience: epochs without an improvement of training.min_improvement_ratio before a member has converged.
     warm_start: begin from the best weights that the trial had in the last stage, whose joules are already paid.
     budget: what all members together may cost, apart from the search; null = no limit.
+    keep_checkpoints: all, or needed = once the members are trained, those go that no later command could need.
     """
 
     epochs: Positive = 1000
@@ -35,6 +37,7 @@ class FullTrainingSection(Section):
     ranks: Positive = 1
     warm_start: bool = False
     budget: BudgetSection | None = None
+    keep_checkpoints: Literal["needed", "all"] = "needed"
 
 
 class EnsembleSection(Section):

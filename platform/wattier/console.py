@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from wattier.budget import Budget
+from wattier.checkpoints import removed_info
 from wattier.config import RunConfig
+from wattier.departure import LEFT_RESULT, left_trials
 from wattier.funnel import stage_end, stage_names
 from wattier.ledger import LedgerInfo, ledger_info
 from wattier.records import TrialResult
@@ -26,10 +28,15 @@ from wattier.units import UNKNOWN, format_bytes, format_joules, format_loss, for
 from wattier.views import projection_info, selection_info
 
 if TYPE_CHECKING:
+    from wattier.departure import Departure
     from wattier.plan import PlanInfo
     from wattier_gnn.pool import Progress
 
 LIVE_REFRESH_SECONDS = 1.0
+HOW_IT_ENDED = {
+    "early_stop": "converged: no significant improvement any more",
+    "epochs": "all epochs used: it may not have converged",
+}
 PLAIN_PROGRESS_SECONDS = 10.0
 THROTTLED_MARK = "*"
 THROTTLED_LINE = (
@@ -98,6 +105,10 @@ class RunConsole:
         loss = "loss unknown" if result.val_loss is None else f"loss {format_loss(result.val_loss)}"
         energy = f"{format_joules(result.energy_joules)} ({result.energy.method or 'unknown'})"
         error = f", {result.error}" if result.error else ""
+        if result.goes_on:
+            error += f" ({result.ended}): saved, and goes on with the next command"
+        elif result.fidelity.stage == FULL_STAGE and result.ended in HOW_IT_ENDED:
+            error += f", {HOW_IT_ENDED[result.ended]}"
         if result.throttled:
             error += f", throttled {format_ratio(result.throttled_ratio)} of the time: not comparable"
         self.say(
@@ -149,6 +160,15 @@ class IngestConsole:
             self._bar.update(self._task, completed=done.bytes_done, total=done.bytes, description=progress_text(done))
 
 
+def words_of_departure(departure: Departure) -> list[str]:
+    """When this command leaves, and who says so; nothing where nobody has set a limit."""
+    if departure.limit is None or departure.leaves_at is None:
+        return []
+    left = format_seconds(max(0.0, departure.leaves_at - time.time()))
+    at = time.strftime("%H:%M:%S", time.localtime(departure.limit.at_seconds))
+    return [f"time is up at {at} ({departure.limit.source}): trials save and leave in {left}"]
+
+
 def progress_text(done: Progress) -> str:
     """How far the reading of files is, in words."""
     return f"{done.files_done} of {done.files} files, {done.structures_read:,} structures read"
@@ -183,7 +203,7 @@ def running_table(path: Path, ended: set[Path] | None = None) -> Table:
     for name in ("running", "epoch", "val loss", "energy so far"):
         table.add_column(name, justify="left" if name == "running" else "right")
     for folder in sorted((path / "trials").glob("*/*")):
-        if folder in ended or not (folder / "trial.json").exists():
+        if folder in ended or not (folder / "trial.json").exists() or (folder / LEFT_RESULT).exists():
             continue
         if (folder / "result.json").exists():
             ended.add(folder)
@@ -313,6 +333,11 @@ def print_status(run: RunDir, console: Console) -> None:
     if config.trial is None:
         full = run.trials(FULL_STAGE)
         console.print(Text(f"  full training: {len(full)}/{len(selection.picked) if selection else '?'} members"))
+    for of_stage, trial_id, ended in left_trials(run):
+        console.print(Text(f"    {of_stage}/{trial_id} left ({ended}) and goes on with the next command"))
+    removed = removed_info(run)
+    if removed.files:
+        console.print(Text(f"  checkpoints removed: {removed.files} files, {format_bytes(removed.bytes)}"))
     for name, path in _files_of(run, config):
         console.print(Text(f"  {name}: {path if path.exists() else 'not yet'}"))
     running = running_table(run.path)

@@ -8,6 +8,7 @@ from wattier.budget import Budget
 from wattier.config import RunConfig
 from wattier.config_search import StageSection
 from wattier.costs import Costs, fidelity_of, mean_joules
+from wattier.departure import LeaveNote, NotFinishedError, trials_run
 from wattier.launch import Launcher, NotNow, Policy, Stage
 from wattier.mirror import Mirror
 from wattier.multifidelity import Observation
@@ -100,13 +101,46 @@ def run_stage(  # noqa: PLR0913, PLR0917  (what a stage is, and how it is run)
         return
 
     def record(result: TrialResult) -> None:
+        if result.goes_on:
+            on_result(result)
+            return
         append_json_line(stage.run.trials_path, result.to_dict())
         if mirror is not None:
             mirror.finished(result)
         on_result(result)
 
-    policy = make_policy() if mirror is None else _Mirrored(make_policy(), stage.fidelity.stage, mirror)
-    launcher.run(stage, policy, run_trial, record)
+    policy = UntilLeaving(make_policy(), LeaveNote(stage.run))
+    if (reason := policy.note.too_late_to_start()) is not None:
+        raise NotFinishedError(reason)
+    shown = policy if mirror is None else _Mirrored(policy, stage.fidelity.stage, mirror)
+    with trials_run():
+        launcher.run(stage, shown, run_trial, record)
+    n_done = sum(map(is_done, stage.run.trials(stage.fidelity.stage)))
+    if policy.left is not None and n_done < stage.n_trials:
+        raise NotFinishedError(policy.left)
+
+
+class UntilLeaving:
+    """A policy that starts nothing any more when the command is about to leave."""
+
+    def __init__(self, policy: Policy, note: LeaveNote) -> None:
+        self.policy, self.note = policy, note
+        self.left: str | None = None  # why something was not started, or not finished
+        self.on_epoch = policy.on_epoch
+
+    def propose(self) -> Proposal | NotNow | None:
+        """The policy's next trial, or none."""
+        if (reason := self.note.too_late_to_start()) is not None:
+            self.left = reason
+            return None
+        return self.policy.propose()
+
+    def on_result(self, result: TrialResult) -> None:
+        """A trial that goes on another time has taught nothing yet."""
+        if result.goes_on:
+            self.left = result.ended
+        else:
+            self.policy.on_result(result)
 
 
 class _Mirrored:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
@@ -20,7 +21,12 @@ log = logging.getLogger(__name__)
 
 def append_json_line(path: Path, data: Any) -> None:
     """Append one record in one write, after closing a line that a crash tore."""
-    line = json.dumps(data, allow_nan=False) + "\n"
+    append_json_lines(path, [data])
+
+
+def append_json_lines(path: Path, many: Sequence[Any]) -> None:
+    """Append some records as `append_json_line` does one."""
+    line = "".join(json.dumps(data, allow_nan=False) + "\n" for data in many)
     with path.open("a+b") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)

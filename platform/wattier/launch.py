@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from wattier.config import RunConfig
+from wattier.departure import LEFT_RESULT, note_of
 from wattier.errors import UserError
 from wattier.node_exporters import ExporterPlan, NodeExporters, ThisNode
 from wattier.outcome import (
@@ -28,7 +29,7 @@ from wattier.outcome import (
 )
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult, finite_or_none
 from wattier.rundir import RunDir, decode, read_json, write_json
-from wattier.trial_context import RunTrial, TrialContext, TrialSpec, failed_result, judged
+from wattier.trial_context import RunTrial, TrialContext, TrialSpec, failed_result, judged, left_result
 from wattier_gnn.distributed import World
 
 NOTHING_RUNS = "the policy answered LATER while no trial runs, so that nothing would ever change: a bug in the policy"
@@ -87,7 +88,7 @@ class Stage:
         """Make the trial's folder and note what runs in it, so that a killed run knows what to take up again."""
         folder = self.run.trial_folder(self.fidelity.stage, proposal.trial_id)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (ERROR_NAME, "result.json"):  # of an attempt that counts no more
+        for name in (ERROR_NAME, "result.json", LEFT_RESULT):  # of an attempt that counts no more
             (folder / name).unlink(missing_ok=True)
         write_json(folder / "trial.json", finite_or_none(asdict(proposal)))
         return self.spec(proposal)
@@ -99,6 +100,12 @@ class Stage:
         if path.exists():
             try:
                 return judged(read_result(path, proposal, self.fidelity), self.config)
+            except ValueError as problem:
+                error = str(problem)
+        left = folder / LEFT_RESULT
+        if left.exists() and error is None:
+            try:
+                return judged(read_result(left, proposal, self.fidelity), self.config)
             except ValueError as problem:
                 error = str(problem)
         error = error or "the trial ended without a result"
@@ -167,6 +174,8 @@ class InlineLauncher:
         self._exporters.close()
 
     def _run_one(self, stage: Stage, spec: TrialSpec, policy: Policy, run_trial: RunTrial) -> str | None:
+        if too_late(spec):
+            return None
         size, port = spec.fidelity.ranks, free_port()
         gpus = gpus_per_rank(stage.config.resources.gpus_per_rank, size, float(torch.cuda.device_count()))
         spawn = multiprocessing.get_context("spawn")
@@ -224,6 +233,9 @@ def run_rank_zero(run_trial: RunTrial, context: TrialContext) -> None:
         Exception: whatever the function raises.
     """
     returned: Any = run_trial(context)
+    if isinstance(returned, TrialResult) and returned.goes_on:
+        write_left(returned, context.folder)
+        return
     path = context.folder / "result.json"
     if not path.exists():
         result = checked_return(returned)
@@ -231,6 +243,20 @@ def run_rank_zero(run_trial: RunTrial, context: TrialContext) -> None:
             write_json(path, finite_or_none(result.to_dict()))
         except (TypeError, ValueError) as error:
             raise TypeError(f"run_trial returned a TrialResult that is no JSON ({reason_of(error)})") from error
+
+
+def too_late(spec: TrialSpec) -> bool:
+    """Whether the command leaves before this trial could begin, for which it may have waited; asked before any rank."""
+    reason, run = note_of(spec.run_dir).due(), RunDir(Path(spec.run_dir))
+    if reason is not None:
+        folder = run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
+        write_left(left_result(spec, run, reason), folder)
+    return reason is not None
+
+
+def write_left(result: TrialResult, folder: Path) -> None:
+    """Leave the record of a trial that goes on in the next command: it is no result yet, and gets no row."""
+    write_json(folder / LEFT_RESULT, finite_or_none(result.to_dict()))
 
 
 def runs_here(config: RunConfig) -> bool:

@@ -59,8 +59,8 @@ def ledger_info(run: RunDir) -> LedgerInfo:
     total = add_up(chain.from_iterable(phases.values()))
     by_status = {status: [r for key, r in trials.items() if _status(statuses, key) == status] for status in STATUSES}
     return LedgerInfo(
-        phases=tuple(_phase(name, add_up(phases[name]), counts.get(name, 0)) for name in names),
-        total=_phase("total", total, len(trials)),
+        phases=tuple(phase_of(name, add_up(phases[name]), counts.get(name, 0)) for name in names),
+        total=phase_of("total", total, len(trials)),
         joules_by_domain=total.joules_by_domain,
         joules_by_method=_by_method(total),
         by_status=tuple(StatusEnergy(s, len(r), add_up(r).joules) for s, r in by_status.items() if r),
@@ -121,7 +121,8 @@ def _by_method(report: EnergyReport) -> dict[str, float]:
     return {method: math.fsum(joules) for method, joules in parts.items() if joules}
 
 
-def _phase(name: str, report: EnergyReport, trials: int) -> PhaseEnergy:
+def phase_of(name: str, report: EnergyReport, trials: int) -> PhaseEnergy:
+    """The bill of a phase."""
     coverage = report.coverage_ratio if report.shares else None
     bounds = report.joules_low, report.joules_high
     return PhaseEnergy(name, report.joules, report.method, coverage, trials, report.warnings, *bounds)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from wattier.departure import MARGIN_SECONDS, note_of
 from wattier.errors import UserError
 from wattier.metering import metered
 from wattier.outcome import reason_of, shown
@@ -49,6 +50,8 @@ class Trial:
         seed: for initial weights and the order of the data.
         rank, ranks: this process among those of the trial; address and port are those of rank 0.
         folder: the trial's own, for checkpoints; it is there again when the trial is resumed.
+        left: why `report` said that the trial is over, where it is over for this command alone: walltime or a signal.
+            The next one calls your function again.
         reported_epochs: epochs that an earlier attempt reported. Go on behind them if you saved a checkpoint, and pass
             `epoch` to `report`; or begin anew, and they are replaced.
     """
@@ -63,6 +66,8 @@ class Trial:
         self.reported_epochs = reported[-1].epoch if reported else 0
         self.last: EpochRecord | None = None
         self.stopped = False
+        self.left: str | None = None
+        self._leave = note_of(spec.run_dir)
         self._context, self._energy = context, energy
         self._epoch_began = time.monotonic()
 
@@ -126,6 +131,8 @@ class Trial:
         except SystemExit:  # how Ray Tune tells a function that its scheduler stopped it
             self.stopped = True
             raise
+        if go_on and (reason := self._leave.due(MARGIN_SECONDS + self.last.seconds)) is not None:
+            self.left, go_on = reason, False  # the next epoch would end too late
         self.stopped = not go_on
         return go_on
 
@@ -161,7 +168,8 @@ class OwnTrial:
             if trial.last is None or (final is not None and not trial.stopped):
                 _report_final(trial, final)
             result = _result(context, trial, started_at, peak_memory_bytes(device))
-            write_json(context.folder / "result.json", result.to_dict())
+            if not result.goes_on:
+                write_json(context.folder / "result.json", result.to_dict())
             if stop is not None:
                 raise stop
             return result
@@ -298,6 +306,8 @@ def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: 
             "a stage must be alike. Train all epochs, or return the final loss"
         )
     status: Status = "complete" if last.epoch >= trial.epochs and not diverged else "pruned"
+    if trial.left is not None:
+        status = "interrupted"
     return ended_result(
         context,
         bill(context.folder),
@@ -309,6 +319,7 @@ def _result(context: TrialContext, trial: Trial, started_at: str, memory_bytes: 
         started_at=started_at,
         diverged=diverged,
         peak_memory_bytes=memory_bytes,
+        ended=trial.left,
     )
 
 

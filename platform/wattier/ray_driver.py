@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wattier.departure import LEFT_RESULT, LeaveNote, NotFinishedError
 from wattier.errors import UserError
-from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage
+from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage, write_left
 from wattier.outcome import (
     LONGEST_ERROR,
     LONGEST_REASON,
@@ -25,6 +26,7 @@ from wattier.outcome import (
 from wattier.ray_cluster import Bundle, own_node_lives, what_is_missing
 from wattier.records import EpochRecord, Proposal
 from wattier.stall import StallWatch
+from wattier.trial_context import left_result
 from wattier.trial_output import output_name
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.watch = StallWatch(self.stage.config.resources.stall_seconds)
+        self.leave = LeaveNote(self.stage.run)
 
     def folder(self, tune_id: str) -> Path:
         """Where a trial writes."""
@@ -85,6 +88,10 @@ class Driver:
         """Tune is done with a trial; a stopped one may still be unwinding."""
         self.watch.ended(tune_id)
         reason = self.reasons.pop(tune_id, "the trial's process died") if error else None
+        if reason is not None and (told := self.leave.due()) is not None:  # it did not get away in time: no failure
+            spec = self.stage.spec(self.started[tune_id])
+            write_left(left_result(spec, self.stage.run, told), self.folder(tune_id))
+            reason = None
         self.unwinding[tune_id] = _Ended(reason, time.monotonic() + RESULT_WAIT_SECONDS)
         self.collect()
 
@@ -110,7 +117,7 @@ class Driver:
         """Record every ended trial whose result is there, or whose result will not come."""
         while self.unwinding:
             for tune_id, ended in list(self.unwinding.items()):
-                is_there = (self.folder(tune_id) / "result.json").exists()
+                is_there = any((self.folder(tune_id) / name).exists() for name in ("result.json", LEFT_RESULT))
                 if is_there or ended.error is not None or time.monotonic() >= ended.deadline:
                     del self.unwinding[tune_id]
                     result = self.stage.outcome(self.started.pop(tune_id), ended.error)
@@ -144,6 +151,8 @@ class Driver:
         raise self.problem
 
     def _look_for_a_place(self, trials: list[Any]) -> None:
+        if not any(trial.status == "RUNNING" for trial in trials) and (reason := self.leave.due()) is not None:
+            raise NotFinishedError(reason)  # what waits for a place is not started any more
         longest, now = self.watch.stall_seconds or math.inf, time.monotonic()
         if now < self.look_at:
             return

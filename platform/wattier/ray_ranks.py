@@ -7,7 +7,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from wattier.launch import free_port, never_stop, run_rank_zero
+from wattier.launch import free_port, never_stop, run_rank_zero, too_late
 from wattier.node_exporters import use_registry
 from wattier.outcome import ERROR_NAME, TrialFailedError, checked_record, reason_of, reason_of_death, write_error
 from wattier.ray_cluster import Bundle
@@ -42,6 +42,8 @@ class Trainable:
         import ray
         from ray import tune
 
+        if too_late(spec):
+            return
         use_registry(self.registry)
         config = _parse(self.config_yaml)
         size = spec.fidelity.ranks

@@ -11,6 +11,7 @@ from wattier_telemetry import EnergyReport
 
 Status = Literal["complete", "pruned", "failed", "interrupted"]
 Params = dict[str, Any]
+LEFT = ("walltime", "SIGTERM", "SIGUSR1")  # why a trial was told to leave
 
 
 def finite_or_none(value: Any) -> Any:
@@ -76,6 +77,8 @@ class TrialResult:
     throttled: it was more than the config allows, so the joules and seconds are not comparable.
     projected_joules: what the whole trial was expected to cost before it started.
     peak_memory_bytes: of the rank that used most: on the GPU where it ran on one, else of its process.
+    ended: why training ended: epochs (all of them), early_stop (it converged), stopped (by the scheduler), diverged;
+    of one that goes on in the next command, walltime or the signal by which it was told to leave. None = not known.
     limit_ratios: what it used of each of `search.constraints`, over what is allowed; above 1 = too much.
     """
 
@@ -102,6 +105,7 @@ class TrialResult:
     projected_joules: float | None = None
     peak_memory_bytes: int | None = None
     limit_ratios: dict[str, float] = field(default_factory=dict)
+    ended: str | None = None
 
     def flagged(
         self, throttled_share: float, *, limits: Mapping[str, float] | None = None, capped: bool = False
@@ -120,6 +124,11 @@ class TrialResult:
         ratios = {name: value / limit for name, limit in (limits or {}).items() if (value := used[name]) is not None}
         throttled = ratio is not None and ratio > throttled_share
         return replace(self, throttled_ratio=ratio, throttled=throttled, limit_ratios=ratios)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it was told to leave before its end, and the next command takes it up again: it has no row."""
+        return self.status == "interrupted" and self.ended in LEFT
 
     @property
     def mean_watts(self) -> float | None:

@@ -9,8 +9,10 @@ from typing import Protocol
 
 import torch
 
+from wattier.checkpoints import remove_needless
 from wattier.config import RunConfig
 from wattier.costs import costs_of, fidelity_of, refuse_small_budget
+from wattier.departure import LeaveNote, NotFinishedError
 from wattier.errors import UserError
 from wattier.evaluate import evaluate_run, still_holds
 from wattier.fulltrain import train_members, trained_members, untrained
@@ -30,6 +32,7 @@ from wattier.select import select_trials
 from wattier.storage_url import take_environment
 from wattier.trial import run_trial, settings_of
 from wattier.trial_context import RunTrial
+from wattier.units import format_bytes
 from wattier.warm_start import describe, kept_priors
 from wattier_gnn.pool import Progress
 from wattier_gnn.release import MANIFEST
@@ -131,14 +134,28 @@ def train(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener
     totals = {FULL_STAGE: len(selection.picked) if selection else 0}
     tell = _teller(run, totals, listener)
     if selection is None or not untrained(run, selection):
-        return trained_members(run)
+        members = trained_members(run)
+        _make_room(run, config, listener)
+        return members
     listener.phase("full training")
     costs = costs_of(run, config, Store(run.store_path))
     with closing(Mirror(run, config)) as mirror:
         members = train_members(run, config, launcher, run_trial, tell, costs, mirror)
     if missing := totals[FULL_STAGE] - len(members):
         listener.say(f"warning: {missing} of {totals[FULL_STAGE]} picks failed to train and are no members; see above")
+    else:
+        _make_room(run, config, listener)
     return members
+
+
+def _make_room(run: RunDir, config: RunConfig, listener: Listener) -> None:
+    """Once all members are trained, checkpoints that nobody needs any more go."""
+    removed = remove_needless(run, config)
+    if removed.files:
+        listener.say(
+            f"removed {removed.files} checkpoints of trials that were not picked, {format_bytes(removed.bytes)}; their "
+            "records stay"
+        )
 
 
 def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
@@ -146,6 +163,8 @@ def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
     members = trained_members(run)
     if still_holds(run.evaluation(), config, members):
         return
+    if (reason := LeaveNote(run).due()) is not None:
+        raise NotFinishedError(reason)
     listener.phase("evaluation")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with metered(run.phase_folder("evaluation"), "driver", config.telemetry, on_gpu=device.type == "cuda"):

@@ -18,11 +18,13 @@ from wattier.json_lines import GrowingLines, append_json_line, read_json_lines
 from wattier.records import EpochRecord, Selection, TrialResult
 
 FULL_STAGE = "full"
+LEAVE_NAME = "leave.json"  # when the trials of the command that runs here must be gone, see `departure`
 START_UP_PHASE = "start-up"  # what processes do once, before their first trial
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a submitted job
 T = TypeVar("T")
 __all__ = [
     "FULL_STAGE",
+    "LEAVE_NAME",
     "RAY_JOB_VARIABLE",
     "START_UP_PHASE",
     "RunDir",
@@ -37,9 +39,9 @@ __all__ = [
 ]
 _MAY_CHANGE = {
     "search": ("budget", "max_concurrent", "storage"),
-    "full_training": ("budget",),
+    "full_training": ("budget", "keep_checkpoints"),
     "ensemble": ("weights", "coverage"),
-    "resources": ("address", "retries"),
+    "resources": ("address", "retries", "walltime_seconds"),
 }
 
 
@@ -160,7 +162,11 @@ class RunDir:
                 raise UserError(f"{self.path}: another wattier is running here. Wait for it, or stop it.")
             for folder in (self.path, self.store_path.parent):
                 sweep_temporary_files(folder)
-            yield
+            (self.path / LEAVE_NAME).unlink(missing_ok=True)  # it was of another command
+            try:
+                yield
+            finally:
+                (self.path / LEAVE_NAME).unlink(missing_ok=True)
 
 
 class _TrialRows:

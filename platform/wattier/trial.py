@@ -6,6 +6,7 @@ leaves its files in the trial's folder, and returns a TrialResult on rank 0.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ import torch
 
 from wattier.config import ModelSection, RunConfig, TrainingSection
 from wattier.config_space import ChoiceParameter
+from wattier.departure import MARGIN_SECONDS, LeaveNote, note_of
 from wattier.metering import metered
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.power_cap import bill_with_remarks, cap_ratio, power_capped
@@ -72,7 +74,8 @@ def run_trial(context: TrialContext) -> TrialResult | None:
         reset_peak_memory(device)
         stack.enter_context(process_group(context.world, device, exclusive_device=context.gpus >= 1))
         registration = stack.enter_context(registered(context, source))
-        trainer = _trainer(context, device, lambda: _bill_so_far(context, meter))
+        leave = note_of(context.spec.run_dir)
+        trainer = _trainer(context, device, lambda: _bill_so_far(context, meter), leave)
         stopped_by: BaseException | None = None
         try:
             state = trainer.run(lambda report: _on_epoch(context, report, registration, _bill_so_far(context, meter)))
@@ -85,8 +88,9 @@ def run_trial(context: TrialContext) -> TrialResult | None:
         barrier()  # all ranks' bills are final from here on
         if rank != 0:
             return None
-        result = _result(context, trainer, state, started_at, memory_bytes)
-        write_json(context.folder / "result.json", result.to_dict())
+        result = _result(context, trainer, state, started_at, memory_bytes, leave.due(math.inf))
+        if not result.goes_on:
+            write_json(context.folder / "result.json", result.to_dict())
         if stopped_by is not None:
             raise stopped_by
         return result
@@ -179,7 +183,9 @@ def _bill_so_far(context: TrialContext, meter: EnergyMeter) -> EnergyReport:
     return bill(context.folder)
 
 
-def _trainer(context: TrialContext, device: torch.device, bill_so_far: Callable[[], EnergyReport]) -> Trainer:
+def _trainer(
+    context: TrialContext, device: torch.device, bill_so_far: Callable[[], EnergyReport], leave: LeaveNote
+) -> Trainer:
     """The trainer of this rank: same data, same initial weights on every rank."""
     spec, config = context.spec, context.config
     torch.set_num_threads(config.resources.cpus_per_rank)
@@ -209,6 +215,7 @@ def _trainer(context: TrialContext, device: torch.device, bill_so_far: Callable[
         device=device,
         world=context.world,
         before_save=lambda state: state.extra.update(energy_joules=bill_so_far().joules),
+        leaves=lambda seconds: leave.due(seconds + MARGIN_SECONDS) is not None,
     )
 
 
@@ -234,11 +241,18 @@ def _device(context: TrialContext) -> torch.device:
     return torch.device("cuda", context.world.rank % torch.cuda.device_count())
 
 
-def _result(
-    context: TrialContext, trainer: Trainer, state: TrainState, started_at: str, memory_bytes: int | None
+def _result(  # noqa: PLR0913, PLR0917
+    context: TrialContext,
+    trainer: Trainer,
+    state: TrainState,
+    started_at: str,
+    memory_bytes: int | None,
+    told_to_leave: str | None,
 ) -> TrialResult:
-    """The record of a training that ended by itself or was stopped."""
+    """The record of a training that ended by itself, was stopped, or was told to leave."""
     status: Status = "pruned" if state.ended in ("stopped", "diverged") else "complete"
+    if state.ended == "left":
+        status = "interrupted"
     diverged = state.ended == "diverged"
     epochs = {record["epoch"]: record for record in read_json_lines(context.folder / "epochs.jsonl")}
     best = epochs.get(state.best_epoch, {})
@@ -255,4 +269,5 @@ def _result(
         started_at=started_at,
         diverged=diverged,
         peak_memory_bytes=memory_bytes,
+        ended=(told_to_leave or "walltime") if state.ended == "left" else state.ended,
     )

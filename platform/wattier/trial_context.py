@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,11 @@ def failed_result(spec: TrialSpec, run: RunDir, error: str) -> TrialResult:
         projected_joules=spec.proposal.projected_joules,
     )
     return judged(result, config)
+
+
+def left_result(spec: TrialSpec, run: RunDir, reason: str) -> TrialResult:
+    """The record of a trial that was told to leave before it could say anything itself."""
+    return replace(failed_result(spec, run, ""), status="interrupted", ended=reason, error=None)
 
 
 def judged(result: TrialResult, config: RunConfig) -> TrialResult:

@@ -24,6 +24,7 @@ from wattier.metering import metered
 from wattier.records import TrialResult
 from wattier.trial import run_trial
 from wattier.trial_context import TrialContext
+from wattier_gnn.train import Trainer
 
 STAMPS = struct.Struct("dd")
 PERIOD_SECONDS = 0.002
@@ -31,8 +32,17 @@ PERIOD_SECONDS = 0.002
 
 def observed_run_trial(context: TrialContext) -> TrialResult | None:
     """The real trial, with a witness beside it."""
-    with mock.patch.object(wattier.trial, "metered", _witnessed):
+    with mock.patch.object(wattier.trial, "metered", _witnessed), mock.patch.object(Trainer, "_step", _unhurried):
         return run_trial(context)
+
+
+_STEP = Trainer._step
+
+
+def _unhurried(trainer: Trainer, *arguments: Any) -> Any:
+    """A step, and a rest after it, where a test needs time to disturb a training that is cheap."""
+    time.sleep(float(os.environ.get("REST_SECONDS", "0")))
+    return _STEP(trainer, *arguments)
 
 
 def observed_seconds(folder: Path) -> float:

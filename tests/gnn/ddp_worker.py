@@ -24,6 +24,7 @@ from wattier_gnn.batch import Batch
 from wattier_gnn.distributed import World, all_sum, process_group
 from wattier_gnn.model import ForceMode, ModelConfig, build_model
 from wattier_gnn.sharding import Sharding
+from wattier_gnn.snapshot import Due
 from wattier_gnn.splits import TRAIN, VAL
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
@@ -79,9 +80,9 @@ class EveryNthStep:
     def __init__(self, n: int) -> None:
         self._n, self._steps = n, 0
 
-    def is_due(self) -> bool:
+    def after_step(self, save_seconds: float) -> Due:
         self._steps += 1
-        return self._steps % self._n == 0
+        return Due.SAVE if self._steps % self._n == 0 else Due.GO_ON
 
     def saved(self) -> None:
         """Nothing: steps are counted, whatever is saved between."""

@@ -19,6 +19,7 @@ from wattier_gnn import checkpoint
 from wattier_gnn.batch import Batch
 from wattier_gnn.loss import LossKind
 from wattier_gnn.model import ForceMode, FoundationModel, ModelConfig, build_model, count_parameters
+from wattier_gnn.snapshot import Due
 from wattier_gnn.splits import TRAIN, VAL
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
@@ -164,7 +165,7 @@ class Interrupted(Trainer):
 
     def _new_clock(self) -> Any:
         clock = super()._new_clock()
-        clock.is_due = lambda: self.state.steps % 2 == 0  # type: ignore[method-assign]
+        clock.after_step = lambda _: (Due.GO_ON, Due.SAVE)[self.state.steps % 2 == 0]  # type: ignore[method-assign]
         return clock
 
     def _step(self, batch: Batch, n_structures: int) -> Any:
