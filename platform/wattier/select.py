@@ -96,15 +96,15 @@ def select_trials(  # noqa: PLR0913  (what is compared, by which rules, and what
     field = compare(candidates, values)
     noise = None if curves is None else estimate_noise(candidates, {t.trial_id: curves(t) for t in candidates})
     question = Question([s for s in field.standings if s.trial_id in set(allowed)], config, noise, objectives.names)
-    of_stage = [trial for trial in trials if trial.fidelity.stage == stage]
-    projected = {trial.trial_id: project(trial) for trial in of_stage}
+    pinned = [trial for trial in trials if trial.fidelity.stage == stage and trial.trial_id in chosen.pinned]
+    projected = {trial.trial_id: project(trial) for trial in (*candidates, *pinned)}
     sticks = Yardsticks(
         by_loss(question.standings)[0], len(candidates), objectives.names, noise, projected,
         _sum_known([projected[trial.trial_id] for trial in candidates]),
     )  # fmt: skip
     tiers, misses = _tiers(question, sticks, None if space is None else Spacing(space, candidates), chosen)
     by_rule = {pick.trial_id for tier in tiers for pick in tier.picks}
-    if by_hand := [trial for trial in of_stage if trial.trial_id in set(chosen.pinned) - by_rule]:
+    if by_hand := [trial for trial in pinned if trial.trial_id not in by_rule]:
         tiers.append(_pinned_tier(sorted(by_hand, key=lambda t: t.trial_id), field, sticks))
     picked = dict.fromkeys(pick.trial_id for tier in tiers for pick in tier.picks)
     return Selection(

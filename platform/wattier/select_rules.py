@@ -107,7 +107,10 @@ def gap(question: Question) -> Verdict:
     steps = np.diff(losses)
     relative = bool(losses[0] > 0)
     gaps = steps / losses[:-1] if relative else steps
-    size = 1 + int(np.argmax(gaps[: max(question.settings.accurate, 1)]))
+    gaps = gaps[: max(question.settings.accurate, 1)]
+    size = 1 + int(np.argmax(gaps)) if gaps.any() else len(ordered)  # all are equal
+    if size == len(ordered):
+        return Verdict([Judged(s, "with no gap in loss before or behind it") for s in ordered], words)
     width = format_ratio(float(gaps[size - 1])) if relative else f"{gaps[size - 1]:.3g}"
     inside = f"before a gap of {width} in loss" + (f", with {size - 1} others" if size > 1 else "")
     outside = f"behind a gap of {width} in loss"
@@ -152,8 +155,8 @@ def knee(question: Question) -> Verdict:
     cost = cost_word(question.names)
     words = (
         f"best trade-off between validation loss and {cost}, {question.settings.balanced} wanted: the share of {cost} "
-        f"saved less the share of accuracy given up, between {names[0]} (most accurate) and {names[1]} (cheapest): 0 on "
-        "the straight line between the two, 1 with the accuracy of the one at the price of the other"
+        f"saved less the share of accuracy given up between {names[0]}, the most accurate, and {names[1]}, the "
+        "cheapest; 0 on the straight line between the two, 1 with the accuracy of the one at the price of the other"
     )
     notes = () if is_traded else (f"{names[0]} is the most accurate and the cheapest: there is nothing to trade",)
     return Verdict(order, words, notes=notes)
