@@ -73,7 +73,7 @@ def _check(where: str, choice: str, ids: Collection[str], trials: Sequence[Trial
         trial = there.get(trial_id)
         if trial is None:
             stage = f" of stage {trials[0].fidelity.stage!r}" if trials else ""
-            known = ", ".join(list(there)[:SHOWN]) + (", ..." if len(there) > SHOWN else "")
+            known = ", ".join(list(there)[:SHOWN]) + (" and others" if len(there) > SHOWN else "")
             hint = did_you_mean(trial_id, there) or (f" They are {known}." if known else "")
             raise UserError(f"{where}: {trial_id!r} is no trial{stage}, but must be one that has ended.{hint}")
         if choice == "pin" and (trial.diverged or trial.status == "failed"):

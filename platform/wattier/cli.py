@@ -110,7 +110,7 @@ def select(target: Target, pin: Pinned = None, veto: Vetoed = None, free: Freed 
         trials = rundir.trials(config.search.stages[-1].name)
         choose(rundir, trials, {"pin": pin or [], "veto": veto or [], "free": free or []})
         steps.select(rundir, config, console)
-        print_tiers(rundir, console.console)
+        print_tiers(rundir, console.console, near_misses=True)
 
 
 @app.command()

@@ -90,12 +90,12 @@ def select_trials(  # noqa: PLR0913  (what is compared, by which rules, and what
     """
     candidates, values, excluded = _comparable(trials, stage, objectives)
     chosen = choices or Choices()
-    allowed = [trial.trial_id for trial in candidates if trial.trial_id not in chosen.vetoed]
+    allowed = {trial.trial_id for trial in candidates if trial.trial_id not in chosen.vetoed}
     if not allowed:
         raise UserError(_nothing_to_pick(stage, excluded, len(candidates)))
     field = compare(candidates, values)
     noise = None if curves is None else estimate_noise(candidates, {t.trial_id: curves(t) for t in candidates})
-    question = Question([s for s in field.standings if s.trial_id in set(allowed)], config, noise, objectives.names)
+    question = Question([s for s in field.standings if s.trial_id in allowed], config, noise, objectives.names)
     pinned = [trial for trial in trials if trial.fidelity.stage == stage and trial.trial_id in chosen.pinned]
     projected = {trial.trial_id: project(trial) for trial in (*candidates, *pinned)}
     sticks = Yardsticks(

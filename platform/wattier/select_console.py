@@ -26,11 +26,11 @@ COLUMNS_OF_TIERS: tuple[tuple[str, JustifyMethod], ...] = (
     (TRAINED, "right"),
 )  # fmt: skip
 OF_OUR_MODELS = (CONVERGED, TRAINED)  # somebody else's nobody trains here
-SHOWN_VETOES = 5
+NEAR_SHOWN = 12  # of those that were not picked; a ceiling may keep out thousands
 
 
-def print_tiers(run: RunDir, console: Console) -> None:
-    """The tier table with a reason for each pick and each near miss."""
+def print_tiers(run: RunDir, console: Console, *, near_misses: bool = False) -> None:
+    """The tier table with a reason for each pick and, where they are wanted, for who nearly was one."""
     info = selection_info(run)
     if info is None:
         return
@@ -39,9 +39,8 @@ def print_tiers(run: RunDir, console: Console) -> None:
     console.print(_sentences((row.trial_id, row.tier, row.reason) for row in info.rows))
     for line in _notes(info.selection):
         console.print(Text(line))
-    if info.selection.near_misses:
-        console.print(Text("Not picked", style="bold"))
-        console.print(_sentences((miss.trial_id, _place(miss), miss.reason) for miss in info.selection.near_misses))
+    if near_misses:
+        _print_near_misses(info.selection, console)
     marks = "".join(_marks(pick) for tier in info.selection.tiers for pick in tier.picks)
     marks += THROTTLED_MARK if any(row.full and row.full.throttled for row in info.rows) else ""
     marks += THROTTLED_MARK if any(row.search and row.search.throttled for row in info.rows) else ""
@@ -66,6 +65,16 @@ def _table(rows: Iterable[PickRow], selection: Selection, *, is_own: bool) -> Ta
         last = () if is_own else (format_joules(pick.projected_joules), f"{_loss(trained)}{trained_mark}")
         table.add_row(row.tier, row.trial_id, _loss(loss), f"{format_joules(joules)}{mark}", *last)
     return table
+
+
+def _print_near_misses(selection: Selection, console: Console) -> None:
+    shown = selection.near_misses[:NEAR_SHOWN]
+    if not shown:
+        return
+    console.print(Text("Not picked", style="bold"))
+    console.print(_sentences((miss.trial_id, _place(miss), miss.reason) for miss in shown))
+    if more := len(selection.near_misses) - len(shown):
+        console.print(Text(f"and {more} more, in selection.json."))
 
 
 def _sentences(rows: Iterable[tuple[str, str, str]]) -> Table:

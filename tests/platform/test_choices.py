@@ -1,8 +1,10 @@
 """What a person says of single trials, and how it lasts; the faces of a selection; that it may be made again."""
 
+import dataclasses
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from wattier.choices import choices_of, choose, read_choices
 from wattier.config import RunConfig
 from wattier.config_ensemble import SelectSection
 from wattier.errors import UserError
-from wattier.rundir import RunDir, append_json_line
+from wattier.rundir import RunDir, append_json_line, write_json
 from wattier.select_console import print_tiers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -93,6 +95,16 @@ class TestByHand:
         assert read_choices(run) == {}
         assert run.selection() is None
 
+    def test_as_a_user_meets_it(self, run, tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-m", "wattier", "select", run.path, "--pin", "deep-01"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines() == [
+            "--pin: 'deep-01' is no trial of stage 'deep', but must be one that has ended. They are a, b, c, d, e and others."
+        ]
+
     def test_a_trial_that_the_config_names_must_be_there(self, run):
         for name, where in (("pin", r"select\.pin"), ("veto", r"select\.veto")):
             with pytest.raises(UserError, match=rf"{where}: 'wide-000' is no trial of stage 'deep'"):
@@ -119,7 +131,7 @@ class TestAgain:
         (tmp_path / "own.yaml").write_text(own_config(run.path, **changed).to_yaml())
         wattier("select", tmp_path / "own.yaml")
         chosen = run.selection()
-        assert chosen.picked == ("a", "b", "d", "e")  # c, on the knee, is vetoed; e is above the ceiling, but pinned
+        assert chosen.picked == ("a", "b", "e")  # one before the largest gap, one at the knee, one pinned
         assert chosen.rules["balanced_rule"] == "knee"
         assert yaml.safe_load(run.config_path.read_text())["select"] == changed
 
@@ -133,7 +145,7 @@ class TestAgain:
 
 def printed(run, width):
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    print_tiers(run, console)
+    print_tiers(run, console, near_misses=True)
     return console.file.getvalue()
 
 
@@ -150,6 +162,16 @@ class TestFaces:
         assert set(run.selection().tiers[0].picks[0].reason.split()) <= set(words.split())
         assert "ruled out" in words
         assert "picked by hand" in words
+
+    def test_thousands_that_a_ceiling_keeps_out_are_counted(self, run, tmp_path):
+        changed = {"balanced": 20, "min_distance": 0.0, "max_energy_joules": 1.0}
+        (tmp_path / "own.yaml").write_text(own_config(run.path, **changed).to_yaml())
+        wattier("select", tmp_path / "own.yaml")
+        misses = run.selection().near_misses
+        many = dataclasses.replace(run.selection(), near_misses=misses * 10)
+        write_json(run.selection_path, many.to_dict())
+        assert f"and {10 * len(misses) - 12} more, in selection.json." in printed(run, 80)
+        assert "20 of 20 places in balanced stay free: 4 above the energy ceiling." in printed(run, 80)
 
     def test_it_says_what_the_choice_saves(self, whole_run):
         record = whole_run.selection()
