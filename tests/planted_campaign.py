@@ -23,6 +23,8 @@ from wattier.config_ensemble import SelectSection
 from wattier.config_space import ChoiceParameter, RangeParameter
 from wattier.records import EpochRecord, Fidelity, Selection, TrialResult
 from wattier.select import select_trials
+from wattier.select_clear import Ordered, clear_group, not_worse
+from wattier.select_noise import estimate_noise
 from wattier.space import random_points
 from wattier.spacing import Spacing
 from wattier_telemetry import EnergyReport, Share
@@ -135,6 +137,29 @@ def score(settings: SelectSection, noise: float, seeds: range, *, uneven: bool =
     return Score(*np.mean(np.array(rows, dtype=float), axis=0).tolist())
 
 
+def kept(n: int, epochs: int, spread: float, seeds: range) -> tuple[float, float]:
+    """Of campaigns in which all trials are equally good: how often a given one is kept, and some group called clear.
+
+    spread: of the logarithm of the trials' noises. The last loss is recorded here: the lowest favours noisy trials.
+    """
+    counts = []
+    for seed in seeds:
+        rng = np.random.default_rng([seed, n, epochs])
+        stds = 0.1 * rng.lognormal(0, spread, n)
+        losses = 1 + stds[:, None] * rng.standard_normal((n, epochs))
+        trials = [_trial(f"t{i:03d}", {"x": i}, row[-1:], 1000.0) for i, row in enumerate(losses)]
+        noise = estimate_noise(
+            trials, {t.trial_id: _curve(row) for t, row in zip(trials, losses.tolist(), strict=True)}
+        )
+        assert noise is not None
+        ordered = sorted((t.val_loss or 0.0, t.trial_id) for t in trials)
+        table = Ordered.of([(trial_id, loss) for loss, trial_id in ordered], noise)
+        place = [trial_id for _, trial_id in ordered].index("t000")
+        counts.append((not_worse(table)[place] >= 0.05, clear_group(table, 10, 0.05) is not None))
+    share_kept, share_clear = np.mean(np.array(counts, dtype=float), axis=0).tolist()
+    return share_kept, share_clear
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="How often the planted tiers are found.")
@@ -161,6 +186,13 @@ def main() -> None:
                 f"| {noise:g} | {ratio} | {s.accurate:.0%} | {s.knee:.0%} | {s.both:.0%} | {s.accurate_found:.2f} | "
                 f"{s.accurate_strangers:.2f} | {s.knee_found:.2f} | {s.clear:.0%} |\n"
             )
+            sys.stdout.flush()
+    heads = ("trials", "epochs", "spread of their noises", "a given one is kept", "a group is called clear")
+    sys.stdout.write(f"\n### all trials equally good\n\n| {' | '.join(heads)} |\n{'|---:' * len(heads)}|\n")
+    for n, epochs in ((5, 4), (40, 6), (40, 12), (400, 6), (400, 12)):
+        for spread in (0.0, 0.5, 1.0):
+            share_kept, share_clear = kept(n, epochs, spread, seeds)
+            sys.stdout.write(f"| {n} | {epochs} | {spread:g} | {share_kept:.0%} | {share_clear:.0%} |\n")
             sys.stdout.flush()
 
 

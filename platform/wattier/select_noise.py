@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from wattier.records import EpochRecord, LossNoise, TrialResult
 
 Array = NDArray[np.float64]
 LATE_EPOCHS = 4  # at the least, of which the second half of the training is made
+DOUBT = 1.645  # standard errors: how alike the variances are is taken at its lower 95 % bound
+TREND = 3  # parameters of a parabola
 ENOUGH_FREEDOM = 3.0  # fewer degrees of freedom, and the noise itself is a guess
 LEAST_RATIO = 1e-5  # of the median: a variance of 0 has no logarithm
 ROUNDING = 1e-9  # of a loss: what is smaller is arithmetic
@@ -78,34 +81,36 @@ def estimate_noise(trials: Sequence[TrialResult], curves: Mapping[str, Sequence[
 def late_scatter(records: Sequence[EpochRecord]) -> tuple[float, float] | None:
     """Variance of the loss from one late epoch to the next, and its degrees of freedom.
 
-    From the second differences of the losses of the second half of the epochs, in which a straight trend leaves
-    nothing and a bent one little (Gasser, Sroka and Jennen-Steinmetz 1986, https://doi.org/10.1093/biomet/73.3.625).
-    Neighbouring differences share losses: their correlations, 2/3 and 1/6, are taken off the degrees of freedom.
+    What a parabola leaves of the losses of the second half of the epochs: the trend of a training that is not quite
+    over is bent, but no more than that. For Gaussian noise the variance is a chi-square with the degrees of freedom.
 
     Returns:
-        None where there are not three epochs in a row.
+        None where there are not four losses.
     """
     losses = {r.epoch: r.val_loss for r in records if r.val_loss is not None and math.isfinite(r.val_loss)}
     last = max(losses, default=0)
-    first = last - max(last // 2, LATE_EPOCHS)
-    rows = [
-        (losses[e - 1], losses[e], losses[e + 1])
-        for e in losses
-        if e - 1 > first and e - 1 in losses and e + 1 in losses
-    ]
-    if not rows:
+    epochs = tuple(e for e in sorted(losses) if e > last - max(last // 2, LATE_EPOCHS))
+    freedom = len(epochs) - TREND
+    if freedom < 1:
         return None
-    before, here, after = np.array(rows).T
-    n = len(rows)
-    freedom = n**2 / (n + 2 * (n - 1) * 4 / 9 + 2 * max(n - 2, 0) / 36)
-    return float(np.mean((before - 2 * here + after) ** 2) / 6), freedom
+    left = _without_trend(epochs) @ np.array([losses[e] for e in epochs])
+    return float(left @ left) / freedom, float(freedom)
+
+
+@lru_cache(maxsize=64)
+def _without_trend(epochs: tuple[int, ...]) -> Array:
+    """What takes a parabola off losses at these epochs, [n, n]."""
+    powers = np.vander((np.array(epochs) - np.mean(epochs)) / len(epochs), TREND)
+    basis, _ = np.linalg.qr(powers)
+    return np.eye(len(epochs)) - basis @ basis.T
 
 
 def moderate(variances: Array, freedoms: Array) -> tuple[float, float, Array]:
     """Variances drawn towards what they have in common, the more the more alike they are.
 
     They are taken for draws from a scaled inverse chi-square distribution, whose two parameters follow from the mean
-    and the variance of their logarithms (Smyth 2004).
+    and the variance of their logarithms (Smyth 2004). How alike they are is itself uncertain, and a test among hundreds
+    of trials lives in the tails: its cautious end is taken.
 
     Returns:
         The common variance, the degrees of freedom it counts as (infinite = all are one), and the moderated ones, [n].
@@ -120,7 +125,9 @@ def moderate(variances: Array, freedoms: Array) -> tuple[float, float, Array]:
         return alike
     halves = freedoms / 2
     logs = np.log(np.maximum(variances, LEAST_RATIO * median)) - digamma(halves) + np.log(halves)
-    excess = float(np.var(logs, ddof=1) - np.mean(polygamma(1, halves)))
+    squares = (logs - logs.mean()) ** 2
+    doubt = DOUBT * float(np.std(squares, ddof=1)) / math.sqrt(len(logs))
+    excess = float(np.var(logs, ddof=1) - np.mean(polygamma(1, halves))) + doubt
     if excess <= float(polygamma(1, 1e6)):
         return alike
     root = brentq(lambda x: math.log(float(polygamma(1, math.exp(x))) / excess), math.log(1e-6), math.log(1e6))

@@ -24,31 +24,35 @@ def table(losses, variances, freedom=math.inf, total=1e9):
 
 
 class TestLateEpochs:
-    def test_a_straight_line_has_no_noise_and_one_kink_has_this_much(self):
-        assert late_scatter(curve([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]))[0] == 0
-        # Of 1, 1, 1, 2 the second differences are 0 and 1; their squares have the mean 1/2, over 1 + 4 + 1.
-        assert late_scatter(curve([9.0, 7.0, 5.0, 3.0, 1.0, 1.0, 1.0, 2.0]))[0] == pytest.approx(0.5 / 6)
+    def test_a_parabola_has_no_noise_and_one_kink_has_this_much(self):
+        parabola = [(8.0 - e) ** 2 / 10 + 1 for e in range(8)]
+        assert late_scatter(curve(parabola))[0] == pytest.approx(0, abs=1e-20)
+        # Of four losses a parabola leaves their part along (1, -3, 3, -1) / sqrt(20).
+        assert late_scatter(curve([9.0, 7.0, 5.0, 3.0, 1.0, 1.0, 1.0, 2.0])) == (pytest.approx(1 / 20), 1)
 
     def test_only_the_second_half_counts_and_never_fewer_than_four_epochs(self):
         calm, wild = [1.0] * 10, [1.0, 5.0] * 5
-        assert late_scatter(curve(wild + calm))[0] == 0
+        assert late_scatter(curve(wild + calm))[0] == pytest.approx(0, abs=1e-20)
         assert late_scatter(curve(calm + wild))[0] > 1
-        assert late_scatter(curve([1.0, 5.0, 1.0, 5.0])) is not None
         assert late_scatter(curve([9.0, 1.0, 5.0, 1.0, 5.0])) == late_scatter(curve([1.0, 5.0, 1.0, 5.0]))
 
     @pytest.mark.parametrize(
-        "losses", [[], [1.0], [1.0, 2.0], [1.0, None, 2.0, 3.0], [1.0, 2.0, math.nan, math.inf], [None] * 6]
+        "losses",
+        [[], [1.0], [1.0, 2.0, 3.0], [1.0, None, 2.0, 3.0], [1.0, 2.0, math.nan, math.inf, 3.0], [None] * 6],
     )
-    def test_without_three_epochs_in_a_row_nothing_is_said(self, losses):
+    def test_without_four_losses_nothing_is_said(self, losses):
         assert late_scatter(curve(losses)) is None
 
-    def test_a_gap_is_not_bridged(self):
-        assert late_scatter([*curve([1.0, 1.0, 1.0], 1), *curve([9.0, 9.0, 9.0], 5)])[0] == 0
+    @pytest.mark.parametrize("losses", [[1.0, 1.2, 0.9, 1.1], [3.0, 1.0, None, 1.2, 0.9, 1.0, 1.4, 0.8, 1.3]])
+    def test_it_is_the_variance_that_numpys_least_squares_leave(self, losses):
+        epochs = [e for e, loss in enumerate(losses, start=1) if e > len(losses) - max(4, len(losses) // 2) and loss]
+        _, residuals, *_ = np.polyfit(epochs, [losses[e - 1] for e in epochs], 2, full=True)
+        assert late_scatter(curve(losses)) == (pytest.approx(residuals[0] / (len(epochs) - 3)), len(epochs) - 3)
 
-    @pytest.mark.parametrize("epochs", [3, 4, 10, 24])
+    @pytest.mark.parametrize("epochs", [4, 10, 24])
     def test_it_is_unbiased_and_has_the_freedom_it_claims(self, epochs):
         rng = np.random.default_rng(epochs)
-        trend = np.linspace(3, 2, epochs)
+        trend = np.linspace(3, 2, epochs) ** 2
         found = np.array([late_scatter(curve(trend + 0.3 * rng.standard_normal(epochs))) for _ in range(3000)])
         assert found[:, 0].mean() == pytest.approx(0.09, rel=0.08)
         # A variance with f degrees of freedom has itself the variance 2 sigma^4 / f.
@@ -60,16 +64,16 @@ class TestModeration:
         rng = np.random.default_rng(1)
         variances = 0.04 * rng.chisquare(3, 300) / 3
         common, prior, moderated = moderate(variances, np.full(300, 3.0))
-        assert prior > 30
+        assert prior > 10
         assert common == pytest.approx(0.04, rel=0.1)
-        assert moderated.std() < 0.1 * variances.std()
+        assert moderated.std() < 0.3 * variances.std()
 
     def test_the_parameters_of_a_simulated_world_come_back(self):
         rng = np.random.default_rng(2)
         truth = 0.04 * 6 / rng.chisquare(6, 6000)  # scaled inverse chi-square, 6 degrees of freedom
         variances = truth * rng.chisquare(5, 6000) / 5
         common, prior, moderated = moderate(variances, np.full(6000, 5.0))
-        assert prior == pytest.approx(6, rel=0.2)
+        assert 4 < prior < 6.3  # of what is uncertain about it, the cautious end
         assert common == pytest.approx(0.04, rel=0.1)
         assert moderated == pytest.approx((prior * common + 5 * variances) / (prior + 5))
         errors = [np.mean((np.log(v) - np.log(truth)) ** 2) for v in (variances, moderated)]
@@ -94,7 +98,7 @@ class TestNoise:
 
     def test_too_few_epochs_say_nothing(self, trial):
         assert estimate_noise([trial("a"), trial("b")], {}) is None
-        assert estimate_noise([trial("a", params={"x": 1})], {"a": curve([1.0, 2.0, 1.0])}) is None
+        assert estimate_noise([trial("a", params={"x": 1})], {"a": curve([1.0, 2.0, 1.0, 2.0])}) is None
 
     def test_repetitions_alone_do(self, trial):
         losses = [1.0, 1.2, 1.1, 1.3]
