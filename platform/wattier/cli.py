@@ -58,6 +58,10 @@ Walltime = Annotated[
         "with exit code 75: run it again. Inside a Slurm, PBS or Flux job it knows by itself.",
     ),
 ]
+Ids = list[str] | None
+Pinned = Annotated[Ids, typer.Option("--pin", metavar="ID", help="Pick this trial whatever the rules say.")]
+Vetoed = Annotated[Ids, typer.Option("--veto", metavar="ID", help="Do not pick this trial.")]
+Freed = Annotated[Ids, typer.Option("--free", metavar="ID", help="Leave this trial to the rules again.")]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, such as configs/quickstart.yaml.")]
 
 
@@ -69,7 +73,8 @@ def run(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -> N
         return
     with _opened(target, walltime) as (rundir, config, console):
         from wattier import run as steps
-        from wattier.console import print_ledger, print_tiers
+        from wattier.console import print_ledger
+        from wattier.select_console import print_tiers
 
         with steps.launcher_for(config) as launcher:
             worked = steps.run_all(rundir, config, launcher, console)
@@ -102,14 +107,21 @@ def search(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -
 
 
 @app.command()
-def select(target: Target) -> None:
-    """Sort the finished trials into tiers, with a reason for each pick."""
+def select(target: Target, pin: Pinned = None, veto: Vetoed = None, free: Freed = None) -> None:
+    """Sort the finished trials into tiers, with a reason for each pick and each near miss.
+
+    What is pinned and vetoed is kept in the run directory. The rules are the config's section `select`, which may
+    change: the same command selects again.
+    """
     with _opened(target) as (rundir, config, console):
         from wattier import run as steps
-        from wattier.console import print_tiers
+        from wattier.choices import choose
+        from wattier.select_console import print_tiers
 
+        trials = rundir.trials(config.search.stages[-1].name)
+        choose(rundir, trials, {"pin": pin or [], "veto": veto or [], "free": free or []})
         steps.select(rundir, config, console)
-        print_tiers(rundir, console.console)
+        print_tiers(rundir, console.console, near_misses=True)
 
 
 @app.command()

@@ -24,8 +24,9 @@ from wattier.funnel import stage_end, stage_names
 from wattier.ledger import LedgerInfo, ledger_info
 from wattier.records import TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, read_json_lines
+from wattier.select_console import print_tiers
 from wattier.units import UNKNOWN, format_bytes, format_joules, format_loss, format_ratio, format_seconds, three_digits
-from wattier.views import projection_info, selection_info
+from wattier.views import projection_info
 
 if TYPE_CHECKING:
     from wattier.departure import Departure
@@ -38,17 +39,7 @@ HOW_IT_ENDED = {
     "epochs": "all epochs used: it may not have converged",
 }
 PLAIN_PROGRESS_SECONDS = 10.0
-THROTTLED_MARK = "*"
-THROTTLED_LINE = (
-    "* throttled: its devices' clocks were held down for more than telemetry.throttled_share of its time, so its "
-    "joules and seconds are not comparable."
-)
 PLAIN_WIDTH = 150  # of tables that go to a file or a pipe
-TRAINED = "trained to"
-COLUMNS_OF_TIERS: tuple[tuple[str, JustifyMethod], ...] = (
-    ("tier", "left"), ("trial", "left"), ("val loss", "right"), ("energy", "right"), (TRAINED, "right"),
-    ("why", "left"),
-)  # fmt: skip
 COLUMNS_OF_LEDGER: tuple[tuple[str, JustifyMethod], ...] = (
     ("phase", "left"), ("energy", "right"), ("method", "left"), ("trials", "right"),
 )  # fmt: skip
@@ -218,31 +209,6 @@ def running_table(path: Path, ended: set[Path] | None = None) -> Table:
             format_joules(last.get("energy_joules")),
         )
     return table
-
-
-def print_tiers(run: RunDir, console: Console) -> None:
-    """The tier table with a reason for each pick."""
-    info = selection_info(run)
-    if info is None:
-        return
-    table = Table(title=f"Selected trials of stage {info.selection.stage}", title_justify="left", title_style="bold")
-    is_own = run.config().trial is not None  # which nobody trains here
-    for name, justify in COLUMNS_OF_TIERS:
-        if not (is_own and name == TRAINED):
-            table.add_column(name, justify=justify, overflow="fold")
-    marked = False
-    for row in info.rows:
-        loss, joules = (row.search.val_loss, row.search.energy_joules) if row.search else (None, None)
-        trained = row.full.val_loss if row.full else None
-        mark = THROTTLED_MARK if row.search and row.search.throttled else ""
-        trained_mark = THROTTLED_MARK if row.full and row.full.throttled else ""
-        marked = marked or bool(mark or trained_mark)
-        energy = f"{format_joules(joules)}{mark}"
-        last = () if is_own else (f"{_loss(trained)}{trained_mark}",)
-        table.add_row(row.tier, row.trial_id, _loss(loss), energy, *last, row.reason)
-    console.print(table)
-    if marked:
-        console.print(Text(THROTTLED_LINE))
 
 
 def _loss(value: float | None) -> str:

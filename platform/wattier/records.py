@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from wattier_telemetry import EnergyReport
 
 Status = Literal["complete", "pruned", "failed", "interrupted"]
 Params = dict[str, Any]
 LEFT = ("walltime", "SIGTERM", "SIGUSR1")  # why a trial was told to leave
+AnyPick = TypeVar("AnyPick", bound="Pick")
 
 
 def finite_or_none(value: Any) -> Any:
@@ -175,39 +176,101 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Pick:
-    """Why a trial is in a tier, in words."""
+    """Why a trial is in a tier, in words, and the numbers of the sentence. None = unknown, or not asked.
+
+    val_loss_noise: standard deviation of its validation loss, as far as late epochs and repetitions show it.
+    joules_low, joules_high: bounds of `energy_joules`, of the search trial. projected_joules: to convergence.
+    flags: throttled, partly_measured, pinned. front: 1 = no other candidate beats it in all that is compared.
+    contribution_ratio: of the hypervolume of its front, what it alone adds. trade_off: see `knee` in `select_rules`.
+    """
 
     trial_id: str
     reason: str
+    val_loss: float | None = None
+    val_loss_noise: float | None = None
+    energy_joules: float | None = None
+    energy_method: str | None = None
+    joules_low: float | None = None
+    joules_high: float | None = None
+    projected_joules: float | None = None
+    flags: tuple[str, ...] = ()
+    front: int | None = None
+    contribution_ratio: float | None = None
+    trade_off: float | None = None
+
+
+@dataclass(frozen=True)
+class NearMiss(Pick):
+    """A trial that is in no tier, and what kept it out of one.
+
+    kind: clearly_worse, behind_gap, next (the tier was full), ceiling, copy, flagged, veto.
+    """
+
+    tier: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Tier:
-    """A named group of trials chosen by one rule."""
+    """A named group of trials chosen by one rule.
+
+    rule: in words. rule_name: as the config names it. wanted: how many it may hold. notes: what else is to be known.
+    clear: whether its trials stand out from the rest by a test; None = the rule does not ask.
+    """
 
     name: str
     rule: str
     picks: tuple[Pick, ...]
+    rule_name: str = ""
+    wanted: int | None = None
+    clear: bool | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossNoise:
+    """How far the validation losses of a stage scatter: one standard deviation for all, and how well it is known."""
+
+    std: float
+    degrees_of_freedom: float
+    trials: int  # whose curves it is from
+    source: str
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of sorting the finished trials of the last stage."""
+    """The outcome of sorting the finished trials of the last stage.
+
+    pinned, vetoed: by hand; a vetoed trial stays a candidate that others are compared with. rules: the settings.
+    """
 
     stage: str
     tiers: tuple[Tier, ...]
     front: tuple[str, ...]
     hypervolume: float | None
-    reference_point: tuple[float, float] | None  # val_loss, energy_joules
+    reference_point: tuple[float, ...] | None  # of the objectives, the worst corner
     candidates: tuple[str, ...]
     excluded: dict[str, str]  # trial id -> why it was no candidate
     projected_joules: float | None  # full training of all picks
     projected_joules_all: float | None  # full training of all candidates, for comparison
+    near_misses: tuple[NearMiss, ...] = ()
+    pinned: tuple[str, ...] = ()
+    vetoed: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ("val_loss", "energy_joules")
+    rules: dict[str, Any] = field(default_factory=dict)
+    noise: LossNoise | None = None
 
     @property
     def picked(self) -> tuple[str, ...]:
         """Trial ids of all tiers, in order, each once."""
         return tuple(dict.fromkeys(pick.trial_id for tier in self.tiers for pick in tier.picks))
+
+    @property
+    def saved_joules(self) -> float | None:
+        """What training the picks instead of all candidates saves; None where either is unknown."""
+        if self.projected_joules_all is None or self.projected_joules is None:
+            return None
+        return self.projected_joules_all - self.projected_joules
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -215,18 +278,31 @@ class Selection:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Selection:
-        """Inverse of `to_dict`."""
-        tiers = tuple(Tier(t["name"], t["rule"], tuple(Pick(**p) for p in t["picks"])) for t in data["tiers"])
-        point = data["reference_point"]
-        return cls(
-            **{
-                **data,
-                "tiers": tiers,
-                "front": tuple(data["front"]),
-                "candidates": tuple(data["candidates"]),
-                "reference_point": tuple(point) if point else None,
-            }
-        )
+        """Inverse of `to_dict`; keys of a newer version are ignored.
+
+        Raises:
+            KeyError, TypeError: something is missing or of the wrong type.
+        """
+        values = _known(cls, data)
+        tiers = [_known(Tier, t) | {"picks": tuple(_picked(Pick, p) for p in t["picks"])} for t in data["tiers"]]
+        values["tiers"] = tuple(Tier(**t | {"notes": tuple(t.get("notes", ()))}) for t in tiers)
+        values["near_misses"] = tuple(_picked(NearMiss, miss) for miss in data.get("near_misses", ()))
+        for name in ("front", "candidates", "pinned", "vetoed", "objectives"):
+            if name in data:
+                values[name] = tuple(data[name])
+        values["reference_point"] = tuple(data["reference_point"]) if data["reference_point"] else None
+        values["noise"] = LossNoise(**_known(LossNoise, data["noise"])) if data.get("noise") else None
+        return cls(**values)
+
+
+def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in data.items() if name in names}
+
+
+def _picked(kind: type[AnyPick], data: Mapping[str, Any]) -> AnyPick:
+    values = _known(kind, data)
+    return kind(**values | {"flags": tuple(values.get("flags", ()))})
 
 
 @dataclass(frozen=True)

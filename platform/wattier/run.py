@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from wattier.checkpoints import remove_needless
+from wattier.choices import choices_of
 from wattier.config import RunConfig
 from wattier.costs import costs_of, fidelity_of, refuse_small_budget
 from wattier.departure import LeaveNote, NotFinishedError
@@ -29,6 +30,7 @@ from wattier.release import export_release
 from wattier.report import write_report
 from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
 from wattier.select import select_trials
+from wattier.space import typed_space
 from wattier.storage_url import take_environment
 from wattier.trial import run_trial, settings_of
 from wattier.trial_context import RunTrial
@@ -119,8 +121,19 @@ def select(run: RunDir, config: RunConfig, listener: Listener) -> Selection:
             f"{run.path}: no trial of stage {stage.name!r} was started: {end['reason']}. Raise search.budget, and run "
             "the same command again."
         )
-    project = _not_projected if config.trial is not None else _projection(Store(run.store_path), config)
-    selection = select_trials(run.trials(), config.select, stage=stage.name, project=project)
+    own = config.trial is not None
+    n_training = None if own else len(Store(run.store_path).indices(TRAIN))
+    converge = _to_convergence(config, n_training)
+    selection = select_trials(
+        run.trials(),
+        config.select,
+        stage=stage.name,
+        project=_not_projected if own else _projection(converge),
+        objectives=Objectives.of(config.search, converge),
+        curves=lambda trial: run.epochs(stage.name, trial.trial_id),
+        space=typed_space(config),
+        choices=choices_of(run, config.select, run.trials(stage.name)),
+    )
     if run.selection() != selection:
         listener.phase("selection")
         write_json(run.selection_path, selection.to_dict())
@@ -207,12 +220,11 @@ def launcher_for(config: RunConfig) -> Iterator[Launcher]:
         launcher.close()
 
 
-def _projection(store: Store, config: RunConfig) -> Callable[[TrialResult], float | None]:
+def _projection(converge: Converge) -> Callable[[TrialResult], float | None]:
     """Joules of training a trial on all structures for all epochs, extrapolated from its own joules a structure.
 
     An early stop makes the truth smaller; other ranks than the stage's make it larger or smaller.
     """
-    converge = _to_convergence(config, len(store.indices(TRAIN)))
 
     def project(result: TrialResult) -> float | None:
         if result.energy_joules is None or not result.structures_seen:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wattier.config import RunConfig, load_config
+from wattier.config_ensemble import SelectSection
 from wattier.errors import UserError
 from wattier.json_lines import GrowingLines, append_json_line, read_json_lines
 from wattier.records import EpochRecord, Selection, TrialResult
@@ -39,6 +40,7 @@ __all__ = [
 ]
 _MAY_CHANGE = {
     "search": ("budget", "max_concurrent", "storage"),
+    "select": tuple(SelectSection.model_fields),  # looked at, and chosen again
     "full_training": ("budget", "keep_checkpoints"),
     "ensemble": ("weights", "coverage"),
     "resources": ("address", "retries", "walltime_seconds"),
@@ -48,9 +50,10 @@ _MAY_CHANGE = {
 class RunDir:
     """Paths and records of one run.
 
-    ``config.yaml``, ``trials.jsonl`` (written by the driver alone), ``selection.json``, ``evaluation.json``,
-    ``report.html``, ``release/``, ``data/store/``, ``phases/<phase>/*.energy.json``, and a folder a trial:
-    ``trials/<stage>/<trial>/`` with ``epochs.jsonl``, ``last.pt``, ``best.pt``, ``result.json``, ``*.energy.json``.
+    ``config.yaml``, ``trials.jsonl`` (written by the driver alone), ``choices.json``, ``selection.json``,
+    ``evaluation.json``, ``report.html``, ``release/``, ``data/store/``, ``phases/<phase>/*.energy.json``, and a folder
+    a trial: ``trials/<stage>/<trial>/`` with ``epochs.jsonl``, ``last.pt``, ``best.pt``, ``result.json``,
+    ``*.energy.json``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,6 +62,7 @@ class RunDir:
         self.trials_path = self.path / "trials.jsonl"
         self.search_path = self.path / "search.json"
         self.selection_path = self.path / "selection.json"
+        self.choices_path = self.path / "choices.json"  # trials that a person picked or ruled out
         self.evaluation_path = self.path / "evaluation.json"
         self.report_path = self.path / "report.html"
         self.release_path = self.path / "release"
@@ -280,7 +284,7 @@ def _checked_evaluation(data: Any) -> dict[str, Any]:
 def _is_same(path: Path, config: RunConfig) -> bool:
     """Whether a file says the same in other words, as one does that an earlier version wrote, with fewer settings.
 
-    What may be spent, and on which machine, does not make another run of it.
+    What may be spent, on which machine, and how the tiers are chosen, does not make another run of it.
     """
     try:
         return _essence(load_config(path)) == _essence(config)

@@ -1,25 +1,52 @@
-"""Sort the finished trials of a stage into tiers, each pick with its reason in words."""
+"""Sort the finished trials of a stage into tiers; each pick and each near miss with its reason in words."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
+from wattier.choices import Choices
 from wattier.config_ensemble import SelectSection
 from wattier.errors import UserError
-from wattier.pareto import hypervolume, hypervolume_contributions, non_dominated_ranks
-from wattier.records import Pick, Selection, Tier, TrialResult
+from wattier.objectives import Objectives
+from wattier.records import EpochRecord, NearMiss, Pick, Selection, Tier, TrialResult
+from wattier.select_field import (
+    STOPPED,
+    Exclusion,
+    Field,
+    Standing,
+    by_trade_off,
+    compare,
+    split_candidates,
+)
+from wattier.select_noise import estimate_noise
+from wattier.select_rules import ACCURATE_RULES, Judged, Question, Verdict, balanced_rule, by_loss
+from wattier.select_words import (
+    PINNED,
+    Yardsticks,
+    convergence_words,
+    energy_words,
+    flag_words,
+    flags_of,
+    numbers_of,
+    record_of,
+    sentence,
+    trial_numbers,
+)
+from wattier.space import Space
+from wattier.spacing import Spacing
 from wattier.units import format_joules, format_ratio
-from wattier_telemetry.records import METHODS
 
-REFERENCE_MARGIN = 0.1
-_STOPPED = "stopped by the scheduler"
+__all__ = ["Exclusion", "Field", "Standing", "by_trade_off", "compare", "select_trials", "split_candidates"]
+
+NEAR = 3  # trials of each tier that are named though they are not in it
+ROUNDING = 1e-9  # of joules: another unit must not change who is within a ratio
+BOTH = Objectives(("val_loss", "energy_joules"))
+_OUTSIDE = ("clearly_worse", "behind_gap", "next")
 _ADVICE = {
-    _STOPPED: "Let more trials finish: set reduction_factor of the stage to null, in a new run_dir.",
+    STOPPED: "Let more trials finish: set reduction_factor of the stage to null, in a new run_dir.",
     "diverged": "Lower the upper end of learning_rate in search.space, in a new run_dir.",
     "failed": "Read error.txt in their folders, mend the cause and run again in a new run_dir.",
     "interrupted": "Run the same command again to finish them.",
@@ -28,210 +55,242 @@ _ADVICE = {
 }
 
 
-class Exclusion(NamedTuple):
-    """Why a trial is no candidate: a kind to count by, and a sentence with this trial's numbers."""
+class _Filled(NamedTuple):
+    """A tier's picks, and who came near."""
 
-    kind: str
-    reason: str
-
-
-class Standing(NamedTuple):
-    """Where a candidate stands among the candidates."""
-
-    trial: TrialResult
-    val_loss: float
-    energy_joules: float
-    rank: int
-    contribution_ratio: float  # of the hypervolume of its own front
+    picks: list[tuple[Judged, Standing]]
+    misses: list[tuple[Judged, str, str]]  # kind, and why in words
 
 
-class Field(NamedTuple):
-    """All candidates and the yardsticks they are compared with."""
-
-    standings: list[Standing]
-    hypervolume: float
-    reference_point: tuple[float, float]
-
-
-def select_trials(
+def select_trials(  # noqa: PLR0913  (what is compared, by which rules, and what is known beside)
     trials: Sequence[TrialResult],
     config: SelectSection,
     *,
     stage: str,
     project: Callable[[TrialResult], float | None],
+    objectives: Objectives = BOTH,
+    curves: Callable[[TrialResult], Sequence[EpochRecord]] | None = None,
+    space: Space | None = None,
+    choices: Choices | None = None,
 ) -> Selection:
-    """Fill the tiers `accurate` and `balanced` from the trials that finished a stage.
+    """Fill the tiers `accurate` and `balanced`, and `pinned` with what a person picked and no rule did.
 
     Args:
         trials: results of any stages; those of other stages are left aside, since a fidelity is one fair comparison.
-        config: sizes of the tiers.
+        config: rules and sizes of the tiers.
         stage: the stage to pick from.
         project: joules that the full training of a trial would cost, None where that cannot be said.
+        objectives: what the search compares: a front of two, or a ranking.
+        curves: a trial's epochs, from which the noise of its loss is estimated; None = it is not known.
+        space: where the distance between trials is measured; None = none is kept.
+        choices: what a person said of single trials.
 
     Raises:
         UserError: no trial of the stage can be picked; the message counts why.
     """
-    candidates, excluded = split_candidates(trials, stage=stage)
-    if not candidates:
-        raise UserError(_nothing_to_pick(stage, excluded))
-    field = compare(candidates)
-    accurate, balanced = _picked(field.standings, config)
-    best = min(field.standings, key=_by_loss)
+    candidates, values, excluded = _comparable(trials, stage, objectives)
+    chosen = choices or Choices()
+    allowed = {trial.trial_id for trial in candidates if trial.trial_id not in chosen.vetoed}
+    if not allowed:
+        raise UserError(_nothing_to_pick(stage, excluded, len(candidates)))
+    field = compare(candidates, values)
+    noise = None if curves is None else estimate_noise(candidates, {t.trial_id: curves(t) for t in candidates})
+    question = Question([s for s in field.standings if s.trial_id in allowed], config, noise, objectives.names)
+    pinned = [trial for trial in trials if trial.fidelity.stage == stage and trial.trial_id in chosen.pinned]
+    projected = {trial.trial_id: project(trial) for trial in (*candidates, *pinned)}
+    sticks = Yardsticks(
+        by_loss(question.standings)[0], len(candidates), objectives.names, noise, projected,
+        _sum_known([projected[trial.trial_id] for trial in candidates]),
+    )  # fmt: skip
+    tiers, misses = _tiers(question, sticks, None if space is None else Spacing(space, candidates), chosen)
+    by_rule = {pick.trial_id for tier in tiers for pick in tier.picks}
+    if by_hand := [trial for trial in pinned if trial.trial_id not in by_rule]:
+        tiers.append(_pinned_tier(sorted(by_hand, key=lambda t: t.trial_id), field, sticks))
+    picked = dict.fromkeys(pick.trial_id for tier in tiers for pick in tier.picks)
     return Selection(
         stage=stage,
-        tiers=(
-            Tier("accurate", _accurate_rule(config), tuple(_pick(s, best, field) for s in accurate)),
-            Tier("balanced", _balanced_rule(config), tuple(_pick(s, best, field) for s in balanced)),
-        ),
-        front=tuple(s.trial.trial_id for s in sorted(field.standings, key=_by_loss) if s.rank == 0),
+        tiers=tuple(tiers),
+        front=tuple(s.trial_id for s in by_loss(field.standings) if s.rank == 0),
         hypervolume=field.hypervolume,
         reference_point=field.reference_point,
         candidates=tuple(trial.trial_id for trial in candidates),
         excluded={trial_id: exclusion.reason for trial_id, exclusion in excluded.items()},
-        projected_joules=_sum_known([project(s.trial) for s in (*accurate, *balanced)]),
-        projected_joules_all=_sum_known([project(trial) for trial in candidates]),
+        projected_joules=_sum_known([projected[trial_id] for trial_id in picked]),
+        projected_joules_all=sticks.projected_all,
+        near_misses=_near_misses([*misses, *_vetoed(field, sticks, chosen)], picked),
+        pinned=chosen.pinned,
+        vetoed=chosen.vetoed,
+        objectives=objectives.names,
+        rules=config.model_dump(mode="json", exclude={"pin", "veto"}),
+        noise=None if noise is None else noise.record,
     )
 
 
-def split_candidates(
-    trials: Sequence[TrialResult], *, stage: str, by_energy: bool = True
-) -> tuple[list[TrialResult], dict[str, Exclusion]]:
-    """Trials of a stage that may be compared, sorted by id, and why each other one may not.
-
-    by_energy: whether joules are compared too, which must then be known and measured alike.
-    """
-    of_stage = sorted((t for t in trials if t.fidelity.stage == stage), key=lambda t: t.trial_id)
-    excluded = {t.trial_id: why for t in of_stage if (why := _exclusion(t, by_energy=by_energy)) is not None}
-    candidates = [t for t in of_stage if t.trial_id not in excluded]
-    if not candidates or not by_energy:
-        return candidates, excluded
-    sizes = Counter(_measured_as(t) for t in candidates)
-    kept = max(sizes, key=lambda way: (sizes[way], -METHODS.index(way[0]), len(way[1]), way[1]))
+def _comparable(
+    trials: Sequence[TrialResult], stage: str, objectives: Objectives
+) -> tuple[list[TrialResult], list[tuple[float, ...]], dict[str, Exclusion]]:
+    """The candidates with the values they are compared by, and why each other trial is none."""
+    candidates, excluded = split_candidates(trials, stage=stage, by_energy=objectives.names != ("val_loss",))
+    kept, values = [], []
     for trial in candidates:
-        if (way := _measured_as(trial)) != kept:
-            reason = f"its joules are {_in_words(way)}, those of the others {_in_words(kept)}: they are not comparable"
-            excluded[trial.trial_id] = Exclusion("energy measured in another way", reason)
-    return [t for t in candidates if t.trial_id not in excluded], excluded
+        known = objectives.of_result(trial)
+        if known is None:
+            what = " or ".join(name for name in objectives.names if name != "val_loss")
+            excluded[trial.trial_id] = Exclusion("not comparable", f"its {what} is not known")
+        else:
+            kept.append(trial)
+            values.append(known)
+    return kept, values, excluded
 
 
-def compare(candidates: Sequence[TrialResult], values: Sequence[tuple[float, ...]] | None = None) -> Field:
-    """Rank candidates of one stage in (val_loss, energy_joules), or in two other values of each.
-
-    The reference point lies 10 % of each objective's range beyond the worst candidate, so that the ends of the front
-    count too; contributions are ratios and so do not depend on the objectives' units.
-    """
-    own = [(t.val_loss, t.energy_joules) for t in candidates]
-    points = np.array(own if values is None else values, dtype=np.float64)
-    low, high = points.min(axis=0), points.max(axis=0)
-    size = np.where(high > 0, high, 1.0)
-    spans = np.where(high > low, high - low, size)
-    worst = low + (1 + REFERENCE_MARGIN) * spans
-    corner = (float(worst[0]), float(worst[1]))
-    ranks = non_dominated_ranks(points)
-    ratios = np.zeros(len(points))
-    normalised, unit_corner = (points - low) / spans, (1 + REFERENCE_MARGIN,) * 2
-    for rank in np.unique(ranks):
-        members = ranks == rank
-        total = hypervolume(normalised[members], unit_corner)
-        ratios[members] = hypervolume_contributions(normalised[members], unit_corner) / total
-    standings = [
-        Standing(trial, float(point[0]), float(point[1]), int(rank), float(ratio))
-        for trial, point, rank, ratio in zip(candidates, points, ranks, ratios, strict=True)
-    ]
-    return Field(standings, hypervolume(points, corner), corner)
+def _tiers(
+    question: Question, sticks: Yardsticks, spacing: Spacing | None, chosen: Choices
+) -> tuple[list[Tier], list[NearMiss]]:
+    config = question.settings
+    name, rule = balanced_rule(config, len(question.standings[0].values))
+    tiers, misses, taken = [], [], list[str]()
+    for tier, wanted, rule_name, verdict in (
+        ("accurate", config.accurate, config.accurate_rule, ACCURATE_RULES[config.accurate_rule](question)),
+        ("balanced", config.balanced, name, rule(question)),
+    ):
+        refuse = (lambda _: None) if tier == "accurate" else _dear(question, sticks)
+        filled = _fill(verdict, wanted, taken, spacing, refuse, config)
+        taken += [standing.trial_id for _, standing in filled.picks]
+        picks = tuple(
+            record_of(s, sticks, judged.words, pinned=s.trial_id in chosen.pinned, trade_off=judged.trade_off)
+            for judged, s in filled.picks
+        )
+        notes = (*verdict.notes, *_free_places(tier, wanted, filled))
+        tiers.append(Tier(tier, verdict.words, picks, rule_name, wanted, verdict.clear, notes if wanted else ()))
+        misses += [_near_miss(tier, judged, kind, why, sticks) for judged, kind, why in filled.misses]
+    return tiers, misses
 
 
-def _exclusion(trial: TrialResult, *, by_energy: bool = True) -> Exclusion | None:
-    progress = f"after {trial.epochs_done} of {trial.fidelity.epochs} epochs"
-    by_status = {
-        "pruned": Exclusion(_STOPPED, f"{_STOPPED} {progress}: its joules are not comparable"),
-        "failed": Exclusion("failed", f"failed: {trial.error or 'no error was recorded'}"),
-        "interrupted": Exclusion("interrupted", f"interrupted {progress}: it never finished"),
-    }
-    if trial.diverged:
-        return Exclusion("diverged", f"diverged {progress}")
-    if trial.status != "complete":
-        return by_status[trial.status]
-    if trial.val_loss is None or not math.isfinite(trial.val_loss):
-        return Exclusion("diverged", "diverged: its validation loss is not a number")
-    if over := {name: ratio for name, ratio in trial.limit_ratios.items() if ratio > 1}:
-        worst = max(over, key=lambda name: over[name])
-        return Exclusion("over a limit", f"used {over[worst]:.2f} times the {worst} that search.constraints allows")
-    if by_energy and not trial.energy_joules:
-        why = "nothing could be measured" if trial.energy_joules is None else "its meter counted 0 J"
-        return Exclusion("energy unknown", f"energy unknown: {why}")
-    return None
+def _fill(  # noqa: PLR0913, PLR0917  (the order, the size, and what may keep a trial out)
+    verdict: Verdict,
+    wanted: int,
+    taken: Sequence[str],
+    spacing: Spacing | None,
+    refuse: Callable[[Standing], tuple[str, str] | None],
+    config: SelectSection,
+) -> _Filled:
+    """Go down a rule's order until the tier is full, and on until the next few are known."""
+    filled, near = _Filled([], []), 0
+    for judged in verdict.order if wanted else ():
+        standing = judged.standing
+        if standing.trial_id in taken:
+            continue
+        is_full = len(filled.picks) >= wanted
+        others = [*taken, *(s.trial_id for _, s in filled.picks)]
+        if judged.kind is not None:
+            why: tuple[str, str] | None = (judged.kind, judged.words)
+        else:
+            why = refuse(standing) or _copy(standing, others, spacing, config.min_distance)
+        if why is None and not is_full:
+            filled.picks.append((judged, standing))
+        elif why is None or why[0] in _OUTSIDE:
+            near += 1
+            filled.misses.append((judged, *(why or ("next", f"the tier holds {wanted}"))))
+        elif not is_full and why is not None:
+            filled.misses.append((judged, *why))
+        if near >= NEAR + wanted:  # some of them may be picked by the other rule
+            break
+    return filled
 
 
-def _measured_as(trial: TrialResult) -> tuple[str, tuple[str, ...]]:
-    """Method and domains: GPU joules of one trial and GPU + CPU joules of another are no fair comparison either."""
-    return trial.energy.method or METHODS[-1], tuple(sorted(trial.energy.joules_by_domain))
+def _copy(
+    standing: Standing, others: Sequence[str], spacing: Spacing | None, min_distance: float
+) -> tuple[str, str] | None:
+    found = None if spacing is None or not min_distance else spacing.nearest(standing.trial_id, others)
+    if found is None or found[1] >= min_distance:
+        return None
+    return "copy", f"its hyper-parameters are {found[1]:.2g} from those of {found[0]}, nearer than {min_distance:g}"
 
 
-def _in_words(way: tuple[str, tuple[str, ...]]) -> str:
-    return f"{way[0]} ({' + '.join(way[1])})"
+def _dear(question: Question, sticks: Yardsticks) -> Callable[[Standing], tuple[str, str] | None]:
+    """What keeps a trial out of the balanced tier: an energy ceiling, or joules that are not comparable."""
+    config, best = question.settings, sticks.best.trial
+
+    def refuse(standing: Standing) -> tuple[str, str] | None:
+        trial, joules = standing.trial, standing.trial.energy_joules
+        if config.flagged == "leave_out" and (flags := flags_of(trial)):
+            return "flagged", f"left out since it is {' and '.join(flags).replace('_', ' ')}"
+        ceilings = [(config.max_energy_joules, "")]
+        if config.max_energy_ratio is not None and best.energy_joules is not None:
+            of_best = f", {format_ratio(config.max_energy_ratio)} of the joules of {best.trial_id}"
+            ceilings.append((config.max_energy_ratio * best.energy_joules, of_best))
+        for ceiling, what in ceilings:
+            if ceiling is not None and (joules is None or joules > ceiling * (1 + ROUNDING)):
+                return "ceiling", f"dearer than the energy ceiling of {format_joules(ceiling)}{what}"
+        return None
+
+    return refuse
 
 
-def _picked(standings: Sequence[Standing], config: SelectSection) -> tuple[list[Standing], list[Standing]]:
-    accurate = sorted(standings, key=_by_loss)[: config.accurate]
-    taken = {s.trial.trial_id for s in accurate}
-    # Fronts are those of all candidates: what an accurate pick dominates is no trade-off, though the pick is taken.
-    rest = sorted((s for s in standings if s.trial.trial_id not in taken), key=by_trade_off)
-    return accurate, rest[: config.balanced]
+def _free_places(tier: str, wanted: int, filled: _Filled) -> list[str]:
+    """What keeps a tier from being full, where its rule would have filled it."""
+    missing = wanted - len(filled.picks)
+    kinds = Counter(kind for _, kind, _ in filled.misses if kind not in _OUTSIDE)
+    if missing <= 0 or not kinds:
+        return []
+    words = {"ceiling": "above the energy ceiling", "copy": "too near to a pick", "flagged": "flagged"}
+    counts = ", ".join(f"{count} {words[kind]}" for kind, count in kinds.most_common())
+    return [f"{missing} of {wanted} places in {tier} stay free: {counts}"]
 
 
-def by_trade_off(standing: Standing) -> tuple[int, float, str]:
-    """Sort key: successive fronts, and within a front the larger contribution first."""
-    return standing.rank, -standing.contribution_ratio, standing.trial.trial_id
-
-
-def _by_loss(standing: Standing) -> tuple[float, float, str]:
-    return standing.val_loss, standing.energy_joules, standing.trial.trial_id
-
-
-def _accurate_rule(config: SelectSection) -> str:
-    return f"lowest validation loss of the candidates, {config.accurate} wanted"
-
-
-def _balanced_rule(config: SelectSection) -> str:
-    return (
-        f"from the rest, {config.balanced} wanted: by successive Pareto fronts in (validation loss, joules), within a "
-        "front by exclusive hypervolume contribution, both objectives scaled to the candidates' ranges (best 0, "
-        f"worst 1), reference point {1 + REFERENCE_MARGIN:g} in each"
+def _near_miss(tier: str, judged: Judged, kind: str, why: str, sticks: Yardsticks) -> NearMiss:
+    standing = judged.standing
+    because = why if judged.words in ("", why) else f"{why}; {judged.words}"
+    return NearMiss(
+        reason=sentence(standing, sticks, because),
+        trade_off=judged.trade_off,
+        tier=tier,
+        kind=kind,
+        **numbers_of(standing, sticks),
     )
 
 
-def _pick(standing: Standing, best: Standing, field: Field) -> Pick:
-    loss, joules = f"validation loss {standing.val_loss:.4g}", format_joules(standing.energy_joules)
-    if standing is best:
-        text = f"{loss}, the lowest of {len(field.standings)} candidates, for {joules}"
-    else:
-        joules_ratio = format_ratio(standing.energy_joules / best.energy_joules)
-        text = (
-            f"{loss}, {_above(standing.val_loss, best.val_loss)} the best, for {joules}, "
-            f"{joules_ratio} of the joules of the most accurate"
+def _near_misses(misses: Sequence[NearMiss], picked: Mapping[str, None]) -> tuple[NearMiss, ...]:
+    """Those that no tier holds: all that were refused a place, and of those behind them the next few."""
+    counts: Counter[str] = Counter()
+    kept = []
+    for miss in misses:
+        if miss.trial_id in picked:
+            continue
+        counts[miss.tier] += miss.kind in _OUTSIDE
+        if miss.kind not in _OUTSIDE or counts[miss.tier] <= NEAR:
+            kept.append(miss)
+    return tuple(kept)
+
+
+def _vetoed(field: Field, sticks: Yardsticks, chosen: Choices) -> list[NearMiss]:
+    return [
+        NearMiss(reason=sentence(s, sticks, "ruled out by hand"), kind="veto", **numbers_of(s, sticks))
+        for s in field.standings
+        if s.trial_id in chosen.vetoed
+    ]
+
+
+def _pinned_tier(trials: Sequence[TrialResult], field: Field, sticks: Yardsticks) -> Tier:
+    standings = {s.trial_id: s for s in field.standings}
+    picks = []
+    for trial in trials:
+        if trial.trial_id in standings:
+            because = "picked by hand"
+            picks.append(record_of(standings[trial.trial_id], sticks, because, pinned=True, trade_off=None))
+            continue
+        parts = [f"picked by hand, though it was not compared ({trial.status} after {trial.epochs_done} epochs)"]
+        parts += [energy_words(trial), *convergence_words(trial.trial_id, sticks)]
+        picks.append(Pick(reason="; ".join(parts) + flag_words(trial), **trial_numbers(trial, sticks, pinned=True)))
+    return Tier(PINNED, "picked by hand", tuple(picks), "hand")
+
+
+def _nothing_to_pick(stage: str, excluded: Mapping[str, Exclusion], vetoed: int) -> str:
+    if vetoed:
+        return (
+            f"selection: all {vetoed} trials of stage {stage!r} that could be picked are ruled out by hand. Give one "
+            "back: wattier select RUN --free ID."
         )
-    if standing.rank == 0:
-        lost = format_ratio(standing.contribution_ratio)
-        text += f"; on the Pareto front, which loses {lost} of its hypervolume without it"
-    else:
-        text += f"; on front {standing.rank + 1}: only trials of the fronts before beat it in both"
-    coverage = standing.trial.energy.coverage_ratio
-    if coverage < 0.9:
-        text += f" (its energy was measured during {format_ratio(coverage)} of the time only)"
-    if standing.trial.throttled:
-        ratio = format_ratio(standing.trial.throttled_ratio)
-        text += f" (its devices were throttled during {ratio} of the time: its joules and seconds are not comparable)"
-    return Pick(standing.trial.trial_id, text)
-
-
-def _above(val_loss: float, best: float) -> str:
-    if best > 0:
-        return f"{format_ratio(val_loss / best - 1)} above"
-    return f"{val_loss - best:.3g} above"
-
-
-def _nothing_to_pick(stage: str, excluded: dict[str, Exclusion]) -> str:
     if not excluded:
         return f"selection: stage {stage!r} has no trials yet. Run the search first."
     kinds = Counter(exclusion.kind for exclusion in excluded.values()).most_common()

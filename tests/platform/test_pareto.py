@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from optuna._hypervolume import compute_hypervolume
 
 from wattier.pareto import hypervolume, hypervolume_contributions, non_dominated_ranks
+from wattier.select import compare, split_candidates
 
 CORNER = (11.0, 11.0)
 # Few distinct values, so that ties and duplicates are common.
@@ -160,3 +161,45 @@ def test_five_thousand_points_of_one_front_or_as_many_fronts():
     chain = np.column_stack([x, x])
     assert (non_dominated_ranks(chain) == np.arange(5000)).all()
     assert hypervolume_contributions(chain, (1.1, 1.1))[1:].max() == 0
+
+
+def random_set(seed):
+    """Points on a coarse grid (ties, duplicates), or fine ones, some of them twice, or a single one."""
+    rng = np.random.default_rng(seed)
+    n = 1 if seed % 10 == 0 else int(rng.integers(2, 60))
+    values = rng.integers(0, 12, (n, 2)).astype(float) if seed % 2 else rng.uniform(0, 12, (n, 2))
+    return np.concatenate([values, values[rng.random(n) < 0.2]])
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_500_random_sets_agree_with_moocore_and_nan_is_refused(block):
+    kinds = {"single": 0, "tied": 0, "double": 0}
+    for seed in range(100 * block, 100 * block + 100):
+        values = random_set(seed)
+        kinds["single"] += len(values) == 1
+        kinds["double"] += len(np.unique(values, axis=0)) < len(values)
+        kinds["tied"] += len(np.unique(values[:, 0])) < len(np.unique(values, axis=0))
+        assert (non_dominated_ranks(values) == moocore.pareto_rank(values)).all()
+        assert hypervolume(values, CORNER) == pytest.approx(moocore.hypervolume(values, ref=CORNER), rel=1e-12)
+        theirs = moocore.hv_contributions(values, ref=CORNER, ignore_dominated=False)
+        assert hypervolume_contributions(values, CORNER) == pytest.approx(theirs, rel=1e-9, abs=1e-9)
+        place = seed % (len(values) + 1)
+        damaged = np.insert(values, place, [np.nan, 1.0], axis=0)
+        for function in (non_dominated_ranks, lambda p: hypervolume_contributions(p, CORNER)):
+            with pytest.raises(ValueError, match=f"point {place} is .*nan.* must be finite"):
+                function(damaged)
+    assert min(kinds.values()) >= 5
+
+
+def test_what_is_compared_has_no_nan_and_the_fronts_of_moocore(trial):
+    """A trial whose loss is not a number is no candidate; the others stand as if it had never been."""
+    for seed in range(1, 40):
+        values = random_set(seed) + 0.5
+        rows = [trial(f"t{i:03d}", val_loss=loss, joules=joules) for i, (loss, joules) in enumerate(values.tolist())]
+        rows.insert(seed % len(rows), trial("nan", val_loss=float("nan"), joules=1.0))
+        candidates, excluded = split_candidates(rows, stage="deep")
+        assert list(excluded) == ["nan"]
+        field = compare(candidates)
+        assert [s.rank for s in field.standings] == moocore.pareto_rank(values).tolist()
+        theirs = moocore.hypervolume(values, ref=field.reference_point)
+        assert field.hypervolume == pytest.approx(theirs, rel=1e-12)

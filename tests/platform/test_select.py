@@ -24,8 +24,12 @@ def curve(trial):
     return [trial(name, val_loss=loss, joules=joules) for name, (loss, joules) in CURVE.items()]
 
 
-def select(trials, accurate=1, balanced=2, project=lambda t: 10 * t.energy_joules, stage="deep"):
-    return select_trials(trials, SelectSection(accurate=accurate, balanced=balanced), stage=stage, project=project)
+def select(trials, accurate=1, balanced=2, project=lambda t: 10 * t.energy_joules, stage="deep", **rules):
+    """By the simple rules, where no other is named: the lowest losses, and successive fronts."""
+    settings = {"accurate_rule": "lowest", "balanced_rule": "fronts"} | rules
+    return select_trials(
+        trials, SelectSection(accurate=accurate, balanced=balanced, **settings), stage=stage, project=project
+    )
 
 
 def ids(selection, tier):
@@ -48,15 +52,24 @@ def test_accurate_is_the_lowest_loss_and_balanced_follows_the_fronts(curve):
 def test_numbers_of_the_reasons(curve):
     selection = select(curve, balanced=3)
     assert reason(selection, "a").startswith(
-        "validation loss 0.1, the lowest of 5 candidates, for 1.00 kJ; on the Pareto front"
+        "validation loss 0.1, the lowest of 5 candidates, for 1.00 kJ (counter); number 1 by loss; on the Pareto front"
     )
     text = reason(selection, "b")
-    assert "validation loss 0.12, 20 % above the best, for 400 J, 40 % of the joules of the most accurate" in text
+    assert (
+        "validation loss 0.12, 20 % above the best, for 400 J (counter), 40 % of the joules of the most accurate"
+        in text
+    )
     assert "on front 2" in reason(selection, "d")
     # Scaled to ranges, the front is (0, 1), (.1, 1/3), (.5, 0); the corner (1.1, 1.1).
     total = 0.1 * 0.1 + 0.4 * (1.1 - 1 / 3) + 0.6 * 1.1
     alone = 0.4 * (1 - 1 / 3)
     assert f"loses {format_ratio(alone / total)} of its hypervolume" in text
+    every = 10 * sum(joules for _, joules in CURVE.values())
+    assert text.endswith(f"to convergence 4.00 kJ, {format_ratio(4000 / every)} of what training all 5 would take")
+    pick = selection.tiers[1].picks[0]
+    assert (pick.val_loss, pick.energy_joules, pick.energy_method, pick.projected_joules) == (0.12, 400, "counter", 4e3)
+    assert (pick.front, pick.contribution_ratio, pick.flags) == (1, pytest.approx(alone / total), ())
+    assert selection.saved_joules == pytest.approx(every - 10 * (1000 + 400 + 100 + 900))
 
 
 def test_the_reference_point_and_hypervolume_are_in_the_objectives_units(curve):
