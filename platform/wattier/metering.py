@@ -57,7 +57,7 @@ def _trace_beside(meter: EnergyMeter, source: PowerSource, *, on_gpu: bool) -> A
     if meter.journal is None or not source.devices():
         return nullcontext()
     path = meter.journal.with_name(meter.journal.name.removesuffix(JOURNAL_SUFFIX) + TRACE_SUFFIX)
-    return traced_power(path, meter, lambda: held_memory_bytes(on_gpu=on_gpu))
+    return traced_power(path, meter, source.devices(), lambda: held_memory_bytes(on_gpu=on_gpu))
 
 
 def check_source(telemetry: TelemetrySection) -> None:

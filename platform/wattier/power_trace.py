@@ -11,16 +11,16 @@ import io
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wattier_telemetry import EnergyMeter, EnergyReport, Share
+from wattier_telemetry import Device, EnergyMeter, EnergyReport, Share
 
 SUFFIX = ".trace.csv"
 COLUMNS = (
-    "time_seconds", "device", "domain", "method", "power_watts", "energy_joules", "memory_used_bytes",
+    "time_seconds", "device", "name", "domain", "method", "power_watts", "energy_joules", "memory_used_bytes",
     "throttle_seconds",
 )  # fmt: skip
 FIRST_PERIOD_SECONDS = 0.25
@@ -41,12 +41,12 @@ class _Line:
     def covered_seconds(self) -> float:
         return self.share.coverage_ratio * self.share.seconds
 
-    def cells(self) -> list[object]:
+    def cells(self, name: str = "") -> list[object]:
         seconds = self.share.throttled_seconds
         throttled = None if seconds is None else "|".join(f"{k}:{v:.3f}" for k, v in seconds.items()) or "none"
         watts, joules = self.power_watts, self.share.joules
         return [
-            f"{self.share.end_seconds:.3f}", self.share.device_uuid, self.share.domain, self.share.method,
+            f"{self.share.end_seconds:.3f}", self.share.device_uuid, name, self.share.domain, self.share.method,
             "" if watts is None else f"{watts:.6g}", "" if joules is None else f"{joules:.9g}",
             "" if self.memory_bytes is None else self.memory_bytes, throttled or "",
         ]  # fmt: skip
@@ -59,11 +59,13 @@ class PowerTrace:
 
     Args:
         path: the file, ``*.trace.csv``; it must not be there.
+        names: of devices by their UUID, for their first lines.
         most_moments: lines of each device, at most.
     """
 
-    def __init__(self, path: Path, *, most_moments: int = MOST_MOMENTS) -> None:
+    def __init__(self, path: Path, names: Mapping[str, str] | None = None, *, most_moments: int = MOST_MOMENTS) -> None:
         self.path, self.period_seconds = path, FIRST_PERIOD_SECONDS
+        self._names = names or {}
         self._most = most_moments
         self._moments: list[dict[str, _Line]] = []
         path.write_text(_csv([list(COLUMNS)]), encoding="utf-8")
@@ -76,9 +78,10 @@ class PowerTrace:
         }
         if not moment or any(_seconds_between(before.get(u), line) < _LEAST_SECONDS for u, line in moment.items()):
             return  # the meter was closed, or has no device
+        names = {} if self._moments else self._names
         self._moments.append(moment)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_csv([line.cells() for line in moment.values()]))
+            file.write(_csv([line.cells(names.get(uuid, "")) for uuid, line in moment.items()]))
         if len(self._moments) >= self._most:
             self._thin()
 
@@ -92,17 +95,22 @@ class PowerTrace:
             kept.append(self._moments[-1])
         self._moments = kept
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        rows: list[list[object]] = [list(COLUMNS), *(line.cells() for moment in kept for line in moment.values())]
+        rows: list[list[object]] = [list(COLUMNS)]
+        rows += [line.cells(self._names.get(uuid, "")) for uuid, line in kept[0].items()]
+        rows += [line.cells() for moment in kept[1:] for line in moment.values()]
         temporary.write_text(_csv(rows), encoding="utf-8")
         temporary.replace(self.path)
 
 
 @contextmanager
-def traced_power(path: Path, meter: EnergyMeter, memory_bytes: Callable[[], int | None]) -> Iterator[None]:
+def traced_power(
+    path: Path, meter: EnergyMeter, devices: Sequence[Device], memory_bytes: Callable[[], int | None]
+) -> Iterator[None]:
     """Trace an open meter from a thread of its own until the block ends; a full disk ends the trace, not the trial."""
     stop = threading.Event()
+    names = {device.uuid: device.name for device in devices}
     thread = threading.Thread(
-        target=_follow, args=(path, meter, memory_bytes, stop), name="wattier-power-trace", daemon=True
+        target=_follow, args=(path, names, meter, memory_bytes, stop), name="wattier-power-trace", daemon=True
     )
     thread.start()
     try:
@@ -112,9 +120,15 @@ def traced_power(path: Path, meter: EnergyMeter, memory_bytes: Callable[[], int 
         thread.join()
 
 
-def _follow(path: Path, meter: EnergyMeter, memory_bytes: Callable[[], int | None], stop: threading.Event) -> None:
+def _follow(
+    path: Path,
+    names: Mapping[str, str],
+    meter: EnergyMeter,
+    memory_bytes: Callable[[], int | None],
+    stop: threading.Event,
+) -> None:
     with suppress(OSError):
-        trace = PowerTrace(path)
+        trace = PowerTrace(path, names)
         while True:
             ended = stop.is_set()
             trace.add(meter.so_far(), memory_bytes())
