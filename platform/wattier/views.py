@@ -177,9 +177,12 @@ def pareto_info(run: RunDir) -> ParetoInfo | None:
             continue
         kind = _tier(selection, stage, trial.trial_id) or ("candidate" if trial.trial_id in ids else trial.status)
         is_on_front = trial.trial_id in on_front
-        progress = (trial.epochs_done, trial.fidelity.epochs)
-        known = (trial.trial_id in ids, trial.params, trial.throttled)
-        points.append(ParetoPoint(trial.trial_id, loss, joules, kind, is_on_front, *progress, *known))
+        points.append(
+            ParetoPoint(
+                trial.trial_id, loss, joules, kind, is_on_front, trial.epochs_done, trial.fidelity.epochs,
+                trial.trial_id in ids, trial.params, trial.throttled,
+            )
+        )  # fmt: skip
     front = sorted({(p.val_loss, p.energy_joules) for p in points if p.on_front}, key=lambda point: point[::-1])
     shown = {p.trial_id for p in points}
     return ParetoInfo(

@@ -74,8 +74,12 @@ def coverage_rows(evaluation: EvaluationInfo) -> tuple[CoverageRow, ...]:
         parts = {"all sources": part.get("pooled"), **(part.get("by_source") or {})}
         for source, found in parts.items():
             if found:
-                figures = [found.get(k) for k in ("observed", "band_low", "band_high", "mean_half_width")]
-                rows.append(CoverageRow(quantity, source, found.get("n"), intervals.get("target"), *figures, unit))
+                rows.append(
+                    CoverageRow(
+                        quantity, source, found.get("n"), intervals.get("target"), found.get("observed"),
+                        found.get("band_low"), found.get("band_high"), found.get("mean_half_width"), unit,
+                    )
+                )  # fmt: skip
     return tuple(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -116,7 +117,7 @@ def _with_gaps(
     uuid: str, domain: str, rank: str, rows: list[tuple[float, float | None, float | None, str]]
 ) -> PowerLine:
     """A step that is much longer than the others was not looked at: its mean is known, its course is not."""
-    steps = [b[0] - a[0] for a, b in zip(rows, rows[1:], strict=False)]
+    steps = [b[0] - a[0] for a, b in itertools.pairwise(rows)]
     longest = LONG_STEPS * statistics.median(steps)
     kept = rows[:1]
     for step, row in zip(steps, rows[1:], strict=True):

@@ -120,8 +120,9 @@ def progress_info(run: RunDir, pareto: ParetoInfo | None) -> ProgressInfo | None
         return None
     known = {p.trial_id: (p.val_loss, p.energy_joules) for p in pareto.points if p.is_candidate}
     front: list[tuple[float, float]] = []
-    ratio, joules, unknown = 0.0, [], 0
+    joules: list[float] = []
     ratios: list[float] = []
+    ratio, unknown = 0.0, 0
     for trial in run.trials(pareto.stage):
         spent = trial.energy_joules
         unknown += spent is None
