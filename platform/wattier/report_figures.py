@@ -207,7 +207,8 @@ def power_table(findings: Findings) -> Table:
             (
                 trial.trial_id, stage_title(trial.stage), format_seconds(trial.seconds), _watts(trial.mean_watts),
                 _watts(trial.highest_watts), _gigabytes(trial.peak_memory_bytes),
-                format_seconds(trial.gap_seconds) if trial.gap_seconds else NONE, throttled or (NONE if knows else UNKNOWN),
+                format_seconds(trial.gap_seconds) if trial.gap_seconds else NONE,
+                throttled or (NONE if knows else UNKNOWN),
             )
         )  # fmt: skip
     return Table(head, tuple(rows))
