@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import aiohttp
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0", "--hide-scrollbars",
@@ -78,7 +80,9 @@ async def _look(address, page, width, height, dark, questions, picture, pdf, rea
             tab = _Tab(socket)
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await tab.ask(f"{domain}.enable")
-            await tab.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+            await tab.ask(
+                "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            )
             scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
             await tab.ask("Emulation.setEmulatedMedia", features=scheme)
             await tab.ask("Page.navigate", url=url)

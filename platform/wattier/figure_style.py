@@ -24,6 +24,7 @@ FONT = "Inter, 'Segoe UI', 'Helvetica Neue', 'Liberation Sans', Arial, sans-seri
 MOST_DECADES = 10
 _LOG_SPAN = 10.0
 _DIGITS = 5
+_LEGEND_PIXELS, _MARGIN_PIXELS = 58, 120  # from the axis down to the legend; above and below the axes
 
 
 def _template(ink: str, faint: str, page: str) -> go.layout.Template:
@@ -35,7 +36,7 @@ def _template(ink: str, faint: str, page: str) -> go.layout.Template:
         "zeroline": False,
         "automargin": True,
         "exponentformat": "SI",
-        "title": {"standoff": 10},
+        "title": {"standoff": 10, "font": {"size": 14}},
     }
     return go.layout.Template(
         layout={
@@ -53,7 +54,8 @@ def _template(ink: str, faint: str, page: str) -> go.layout.Template:
             "margin": {"l": 64, "r": 16, "t": 56, "b": 56},
             "xaxis": axis,
             "yaxis": axis,
-            "legend": {"orientation": "h", "y": -0.2, "x": 0, "title": {"text": ""}},
+            "legend": {"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0, "title": {"text": ""}},
+            "annotationdefaults": {"bgcolor": page, "borderpad": 1},
             "hoverlabel": {"bgcolor": page, "bordercolor": GREY, "font": {"family": FONT, "color": ink}},
         }
     )
@@ -65,7 +67,8 @@ NIGHT_TEMPLATE = _template(NIGHT_INK, NIGHT_FAINT, NIGHT_PAGE)
 
 def lay_out(figure: go.Figure, title: str, x_title: str, y_title: str, *, height: int = 420) -> None:
     """Give a figure its title, axes and height."""
-    figure.update_layout(template=TEMPLATE, title_text=title, height=height, showlegend=True)
+    below = -_LEGEND_PIXELS / max(height - _MARGIN_PIXELS, 80)
+    figure.update_layout(template=TEMPLATE, title_text=title, height=height, showlegend=True, legend_y=below)
     figure.update_xaxes(title_text=x_title)
     figure.update_yaxes(title_text=y_title)
 

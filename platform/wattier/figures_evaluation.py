@@ -46,7 +46,7 @@ def parity_density_figure(info: EvaluationInfo, source: str, quantity: str) -> g
         },
         hovertemplate=f"true %{{x:.4g}}, predicted %{{y:.4g}} {unit}<extra></extra>",
     )
-    _square(figure, f"{safe(source)}: {_words(quantity)}, coloured by density", unit)
+    _square(figure, safe(source), unit)
     return figure
 
 
@@ -68,9 +68,7 @@ def parity_bars_figure(info: EvaluationInfo, source: str, quantity: str) -> go.F
         error_y={"array": rounded(bars), "color": BLUE, "thickness": 0.8, "width": 0},
         hovertemplate=f"true %{{x:.4g}}, predicted %{{y:.4g}} ± %{{error_y.array:.2g}} {unit}<extra></extra>",
     )
-    target = (info.more.get("intervals") or {}).get("target")
-    kind = f"{format_ratio(target)} intervals" if interval and target else "the calibrated spread"
-    _square(figure, f"{safe(source)}: {_words(quantity)}, bars are {kind}", unit)
+    _square(figure, safe(source), unit)
     return figure
 
 
@@ -136,7 +134,7 @@ def coverage_figure(rows: Sequence[CoverageRow], quantity: str) -> go.Figure | N
     low = min(min(row.observed or 0.0, row.band_low or 1.0) for row in known)
     figure.update_xaxes(tickformat=".0%", range=[max(0.0, low - 0.05), 1.02])
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
-    figure.update_layout(margin={"t": 16, "l": 10}, legend_y=-0.32)
+    figure.update_layout(margin={"t": 16, "l": 10})
     return figure
 
 
@@ -191,7 +189,3 @@ def _square(figure: go.Figure, title: str, unit: str) -> None:
     figure.update_layout(showlegend=False, margin={"t": 10, "l": 56, "r": 8, "b": 46})
     figure.update_xaxes(nticks=5)
     figure.update_yaxes(nticks=6)
-
-
-def _words(quantity: str) -> str:
-    return "energy" if quantity == "energy" else "force components"

@@ -48,7 +48,7 @@ def power_figure(trial: TrialPower) -> go.Figure:
                 line={"color": GREEN, "width": 1.8, "dash": _DASHES[(number + 2) % 4]},
                 hovertemplate=f"%{{y:.3g}} GB after %{{x:.4g}} {unit}<extra></extra>", connectgaps=False,
             )  # fmt: skip
-    figure.update_layout(template=TEMPLATE, title_text=_title(trial), height=330, legend_y=-0.28)
+    figure.update_layout(template=TEMPLATE, title_text=_title(trial), height=300, legend_y=-0.3)
     figure.update_layout(margin={"t": 10, "l": 56, "r": 8, "b": 50})
     figure.update_yaxes(title_text="power (W)", rangemode="tozero", nticks=5, row=1, col=1)
     if has_memory:

@@ -38,7 +38,7 @@ def funnel_figure(info: FunnelInfo, what: str) -> go.Figure:
             continue
         largest = max(sum(s.counts.values()) for s in info.stages) if what == "trials" else _most_joules(info)
         labels = [f"{n:,}" for n in counts] if what == "trials" else [format_joules(j) for j in joules]
-        room = 0.05 if what == "trials" else 0.17
+        room = 0.09 if what == "trials" else 0.2
         figure.add_bar(
             y=names,
             x=rounded(values),
@@ -59,7 +59,7 @@ def funnel_figure(info: FunnelInfo, what: str) -> go.Figure:
         )
     title = _trials_title(info) if what == "trials" else _joules_title(info)
     lay_out(figure, title, "trials" if what == "trials" else "energy (J)", "", height=150 + 54 * len(names))
-    figure.update_layout(barmode="stack", legend_y=-0.32, margin={"t": 16, "l": 10}, bargap=0.35)
+    figure.update_layout(barmode="stack", legend_traceorder="normal", margin={"t": 16, "l": 10}, bargap=0.35)
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
     figure.update_xaxes(nticks=6)
     return figure
@@ -68,8 +68,9 @@ def funnel_figure(info: FunnelInfo, what: str) -> go.Figure:
 def progress_figure(info: ProgressInfo, against: str) -> go.Figure:
     """Hypervolume in per cent of the last one, against trials or against joules spent."""
     by_trials = against == "trials"
-    x = list(info.trials) if by_trials else list(info.joules)
-    y = list(info.hypervolume_ratio)
+    x = [0.0, *(info.trials if by_trials else info.joules)]
+    y = [0.0, *info.hypervolume_ratio]
+    joules = [0.0, *info.joules]
     keep = _steps(y)
     figure = go.Figure()
     figure.add_scatter(
@@ -83,14 +84,14 @@ def progress_figure(info: ProgressInfo, against: str) -> go.Figure:
             "dash": "solid" if by_trials else "dash",
         },
         name=against,
-        customdata=[format_joules(info.joules[i]) for i in keep],
+        customdata=[format_joules(joules[i]) for i in keep],
         hovertemplate="%{y:.0%} of the hypervolume<br>after trial "
         + ("%{x}" if by_trials else "worth")
         + ", %{customdata}<extra></extra>",
     )
     at = next((i for i, ratio in enumerate(y) if ratio >= 0.9), len(y) - 1)
-    share = (at + 1) / len(y) if by_trials else (info.joules[at] / info.joules[-1] if info.joules[-1] else 1.0)
-    spent = f"{at + 1} of {len(y)} trials" if by_trials else f"{format_joules(info.joules[at])} ({format_ratio(share)})"
+    share = joules[at] / joules[-1] if joules[-1] else 1.0
+    spent = f"{at} of {len(y) - 1} trials" if by_trials else f"{format_joules(joules[at])} ({format_ratio(share)})"
     lay_out(
         figure,
         f"90 % of the final hypervolume was there after {spent}",
@@ -171,7 +172,7 @@ def importance_figure(info: ImportanceInfo) -> go.Figure | None:
     lay_out(figure, leaders[:1].upper() + leaders[1:], "share of the variance", "", height=150 + 58 * len(names))
     figure.update_yaxes(categoryorder="array", categoryarray=[safe(name) for name in names][::-1])
     figure.update_xaxes(tickformat=".0%", range=[0, 1.15], nticks=6)
-    figure.update_layout(barmode="group", legend_y=-0.3, margin={"t": 16, "l": 10}, legend_traceorder="normal")
+    figure.update_layout(barmode="group", margin={"t": 16, "l": 10}, legend_traceorder="normal")
     return figure
 
 
@@ -189,11 +190,11 @@ def _draw_axes(figure: go.Figure, info: ParallelInfo) -> None:
         safe(name) + (f"<br>({axis.unit})" if axis.unit else "") for name, axis in zip(names, info.axes, strict=True)
     ]
     figure.update_xaxes(
-        tickvals=list(range(len(labels))), ticktext=labels, showgrid=False, side="top", ticks="",
+        tickvals=list(range(len(labels))), ticktext=labels, showgrid=False, side="top", ticks="", tickangle=0,
         range=[-0.15, len(labels) - 1 + 0.6],
     )  # fmt: skip
     figure.update_yaxes(visible=False, range=[-0.06, 1.06])
-    figure.update_layout(margin={"t": 70, "l": 10, "b": 50}, legend_y=-0.06)
+    figure.update_layout(margin={"t": 70, "l": 10, "b": 50}, legend_y=-0.05)
 
 
 def _parallel_title(info: ParallelInfo) -> str:

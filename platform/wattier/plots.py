@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -45,8 +46,9 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
         figure.add_scatter(x=rounded(x), y=rounded(y), mode="lines", line=line, name="Pareto front", hoverinfo="skip")
     shown = _thinned(info.points)
     kinds = dict.fromkeys(point.kind for point in shown)
-    for kind in sorted(kinds, key=lambda kind: (kind in KIND_COLOURS, kind != "candidate", kind)):  # tiers on top
-        figure.add_trace(_points_trace(kind, [p for p in shown if p.kind == kind]))
+    middle = statistics.median([p.energy_joules for p in shown]) if shown else 0.0
+    for kind in sorted(kinds, key=_on_top):
+        figure.add_trace(_points_trace(kind, [p for p in shown if p.kind == kind], middle))
     lay_out(figure, _pareto_title(info), "energy of the trial (J)", "validation loss", height=500)
     figure.update_layout(legend_traceorder="reversed")
     log_if_wide(figure, "x", [p.energy_joules for p in info.points])
@@ -62,7 +64,7 @@ def learning_curves_figure(curves: Sequence[Curve]) -> go.Figure:
     figure = go.Figure()
     shown = _thinned_curves(curves)
     kinds = dict.fromkeys(curve.tier or curve.status for curve in shown)
-    for kind in sorted(kinds, key=lambda kind: (kind in KIND_COLOURS, kind)):  # the picked ones on top
+    for kind in sorted(kinds, key=lambda kind: (kind in KIND_COLOURS, kind == "accurate", kind)):  # picked ones on top
         figure.add_trace(_curves_trace(kind, [curve for curve in shown if (curve.tier or curve.status) == kind]))
     lay_out(figure, _curves_title(curves), "epoch", "validation loss")
     log_if_wide(figure, "y", [loss for curve in curves for loss in curve.val_loss if loss is not None])
@@ -97,7 +99,7 @@ def ledger_figure(info: LedgerInfo) -> go.Figure:
     lay_out(figure, _ledger_title(info), "energy (J)", "", height=150 + 46 * len(info.phases))
     figure.update_yaxes(categoryorder="array", categoryarray=[safe(p.phase) for p in info.phases][::-1])
     figure.update_xaxes(range=[0, 1.45 * max((p.joules or 0.0 for p in info.phases), default=1.0) or 1.0], nticks=6)
-    figure.update_layout(barmode="overlay", showlegend=True, legend_y=-0.35, margin={"t": 40, "l": 10})
+    figure.update_layout(barmode="overlay", showlegend=True, margin={"t": 40, "l": 10})
     return figure
 
 
@@ -109,7 +111,12 @@ def _thinned(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
     ]
 
 
-def _points_trace(kind: str, points: Sequence[ParetoPoint]) -> go.Scatter:
+def _on_top(kind: str) -> tuple[bool, bool, bool, str]:
+    """Sort key: what is drawn last lies above the rest."""
+    return kind in KIND_COLOURS, kind != "candidate", kind == "accurate", kind
+
+
+def _points_trace(kind: str, points: Sequence[ParetoPoint], middle_joules: float) -> go.Scatter:
     finished = kind in KIND_COLOURS
     colour = KIND_COLOURS.get(kind, GREY)
     picked = finished and kind != "candidate"
@@ -119,7 +126,7 @@ def _points_trace(kind: str, points: Sequence[ParetoPoint]) -> go.Scatter:
         y=rounded(p.val_loss for p in points),
         mode="markers+text" if labelled else "markers",
         text=[safe(p.trial_id) for p in points],
-        textposition="top right" if kind == "accurate" else "bottom left",
+        textposition=["top right" if p.energy_joules <= middle_joules else "top left" for p in points],
         textfont={"size": 12},
         name=PLAIN_NAMES.get(kind, safe(kind)),
         marker={
@@ -210,7 +217,7 @@ def _curves_title(curves: Sequence[Curve]) -> str:
     loss, trial_id = min(finished)
     cut = "; dotted trials were cut short" if any(c.status != "complete" for c in curves) else ""
     others = sum(not curve.tier for curve in curves)
-    some = f"; every {-(-others // MOST_CURVES)}th of the others is drawn" if others > MOST_CURVES else ""
+    some = f"; one in {-(-others // MOST_CURVES)} of those not picked is drawn" if others > MOST_CURVES else ""
     return f"{title}: {safe(trial_id)} reaches the lowest loss, {loss:.3g}{cut}{some}"
 
 

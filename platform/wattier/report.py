@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from wattier.errors import UserError
 from wattier.figure_style import NIGHT_TEMPLATE, TEMPLATE, in_script
 from wattier.findings import Findings, gather
-from wattier.report_figures import drawings, funnel_table, power_table
+from wattier.report_figures import drawings, funnel_table, power_table, tight
 from wattier.report_formats import to_csv, to_json
 from wattier.report_summary import format_number, how_known, share, summary
 from wattier.rundir import RunDir, write_text
@@ -92,6 +92,7 @@ def _page(findings: Findings, written: str) -> str:
     figures = drawings(findings)
     environment = _environment(autoescape=True)
     environment.filters |= {
+        "tight": tight,
         "joules": lambda value: format_joules(value).replace(" ", NO_BREAK),
         "seconds": lambda value: format_seconds(value).replace(" ", NO_BREAK),
         "size": lambda value: UNKNOWN if value is None else format_bytes(value).replace(" ", NO_BREAK),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,11 +13,14 @@ import plotly.graph_objects as go
 from wattier import figures_evaluation, figures_power, figures_search, plots
 from wattier.figure_style import in_script
 from wattier.findings import Findings
+from wattier.rundir import FULL_STAGE
 from wattier.units import UNKNOWN, format_joules, format_ratio, format_seconds
-from wattier.views_search import stage_title
+from wattier.views_search import STATUSES, stage_title
 
 MOST_ROWS = 25  # of a table beside a figure
-NONE = "\u2013"
+NONE, NO_BREAK = "\u2013", "\u00a0"
+_TOP_PIXELS = 20
+_UNITS = re.compile(r"(?<=\d) (?=(%|J|kJ|MJ|kWh|W|s|min|h|B|kB|MB|GB|TB|eV)(?!\w))")
 
 
 class Table(NamedTuple):
@@ -46,6 +50,7 @@ class Drawing(NamedTuple):
         plain = json.loads(self.figure.to_json())
         plain["layout"].pop("template", None)
         plain["layout"].pop("title", None)
+        plain["layout"].setdefault("margin", {}).setdefault("t", _TOP_PIXELS)
         return in_script(json.dumps(plain, separators=(",", ":"), ensure_ascii=False))
 
 
@@ -117,7 +122,7 @@ def _evaluation(findings: Findings) -> dict[str, Drawing | None]:
     for kind, quantity, draw in kinds:
         for number, source in enumerate(evaluation.parity):
             figure = draw(evaluation, source, quantity)
-            text = "Predicted against true values; on the dashed diagonal is right."
+            text = f"Predicted against true {quantity}; on the dashed diagonal is right."
             note = "The errors are in the table of this section."
             found[f"parity-{kind}-{number}"] = figure and _drawing(figure, text, note=note)
     if any(part.get("expected") for part in evaluation.calibration.values()):
@@ -134,8 +139,13 @@ def _evaluation(findings: Findings) -> dict[str, Drawing | None]:
 
 
 def _drawing(figure: go.Figure, description: str, table: Table | None = None, *, note: str = "") -> Drawing:
-    title = html.unescape(str(figure.layout.title.text or ""))
+    title = tight(html.unescape(str(figure.layout.title.text or "")))
     return Drawing(figure, title, description, table, note)
+
+
+def tight(text: str) -> str:
+    """No number is parted from its unit at the end of a line."""
+    return _UNITS.sub(NO_BREAK, text)
 
 
 def _progress_table(findings: Findings) -> Table:
@@ -174,23 +184,26 @@ def _evenly(places: Iterable[int]) -> list[int]:
 
 
 def funnel_table(findings: Findings) -> Table:
-    """The funnel in words."""
-    head = ("Stage", "Each trained on", "Trials", "Carried on", "New", "Complete", "Stopped", "Diverged", "Failed",
-            "Interrupted", "Went on", "Joules", "of finished trials", "of others")  # fmt: skip
+    """The funnel in words; of ways to end only those that occur."""
+    stages = findings.funnel.stages
+    statuses = [status for status in STATUSES if any(status in stage.counts for stage in stages)]
+    names = {"pruned": "stopped"}
+    head = ("Stage", "Each trained on", "Trials", "New", *(names.get(s, s).capitalize() for s in statuses), "Went on",
+            "Energy", "of finished", "of others")  # fmt: skip
     rows = []
-    for stage in findings.funnel.stages:
+    for stage in stages:
         structures = "all structures" if stage.structures is None else f"{stage.structures:,} structures"
         ranks = f", {stage.ranks} ranks" if stage.ranks > 1 else ""
         planned = f"{stage.trials:,}" + (f" of {stage.planned:,}" if stage.planned not in (None, stage.trials) else "")
-        counts = [f"{stage.counts.get(s, 0):,}" for s in ("complete", "pruned", "diverged", "failed", "interrupted")]
+        counts = [f"{stage.counts.get(status, 0):,}" for status in statuses]
         lost = [joules for status, joules in stage.joules.items() if status != "complete" and joules is not None]
         finished = format_joules(stage.joules.get("complete")) if stage.counts.get("complete") else NONE
-        most = "up to " if stage.stage == "full" else ""
+        most = "up to " if stage.stage == FULL_STAGE else ""
         rows.append(
             (
                 stage_title(stage.stage), f"{structures}, {most}{stage.epochs:,} epochs{ranks}", planned,
-                f"{stage.carried:,}", f"{stage.fresh:,}", *counts, f"{stage.went_on:,}",
-                format_joules(stage.total_joules), finished, format_joules(sum(lost)) if lost else NONE,
+                f"{stage.fresh:,}", *counts, f"{stage.went_on:,}", format_joules(stage.total_joules), finished,
+                format_joules(sum(lost)) if lost else NONE,
             )
         )  # fmt: skip
     return Table(head, tuple(rows))

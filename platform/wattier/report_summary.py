@@ -30,7 +30,9 @@ def summary(findings: Findings) -> list[str]:
         sentences.append(_by_hand(findings))
     if findings.evaluation is None:
         return sentences if own else [*sentences, "No evaluation yet: errors on held-out structures are not known."]
-    sentences += [_source_sentence(source, metrics) for source, metrics in findings.evaluation.sources.items()]
+    if findings.evaluation.sources:
+        parts = [_source_words(source, metrics) for source, metrics in findings.evaluation.sources.items()]
+        sentences.append(f"Mean energy errors of the ensemble on held-out structures, in eV/atom: {'; '.join(parts)}.")
     sentences += _coverage_sentences(findings)
     return sentences
 
@@ -51,7 +53,11 @@ def share(phase: PhaseEnergy, total: float | None) -> str:
 
 def format_number(value: Any) -> str:
     """A measured number to four digits; None is `unknown`."""
-    return UNKNOWN if value is None else f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
+    if value is None or isinstance(value, bool | str):
+        return UNKNOWN if value is None else str(value)
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _energy_sentence(ledger: LedgerInfo) -> str:
@@ -100,11 +106,11 @@ def _by_hand(findings: Findings) -> str:
     return f"By hand, not by rule: {text}."
 
 
-def _source_sentence(source: str, metrics: dict[str, Any]) -> str:
+def _source_words(source: str, metrics: dict[str, Any]) -> str:
+    error = metrics.get("energy_mae_ev_per_atom")
     ratio = metrics.get("energy_mae_ratio")
-    error = format_number(metrics.get("energy_mae_ev_per_atom"))
-    baseline = f", {format_ratio(ratio)} of the composition baseline's" if ratio is not None else ""
-    return f"On held-out {source} the ensemble's mean energy error is {error} eV/atom{baseline}."
+    baseline = f" ({format_ratio(ratio)} of the composition baseline's)" if ratio is not None else ""
+    return f"{source} {UNKNOWN if error is None else f'{error:.3g}'}{baseline}"
 
 
 def _coverage_sentences(findings: Findings) -> list[str]:
