@@ -18,7 +18,7 @@ STAGES = {"scout": (2, 0.6, 2_000), "sift": (6, 0.3, 10_000), "final": (12, 0.1,
 FULL_EPOCHS, JOULES_PER_EPOCH = 120, 900.0
 
 
-def campaign_config(path, members):
+def campaign_config(path, counts, members):
     """Three stages and six hyper-parameters, one of which is a word."""
     space = {
         "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
@@ -28,7 +28,13 @@ def campaign_config(path, members):
         "family": {"choices": ["egnn", "schnet", "pna"]},
     }
     stages = [
-        {"name": name, "trials": 1000, "epochs": epochs, "structures": structures, "promote": 20 * (name != "scout")}
+        {
+            "name": name,
+            "trials": counts[name],
+            "epochs": epochs,
+            "structures": structures,
+            "promote": 5 * (name != "scout"),
+        }
         for name, (epochs, _, structures) in STAGES.items()
     ]
     accurate = max(1, members // 4)
@@ -47,10 +53,11 @@ def campaign_config(path, members):
 def fabricate(path, *, trials=400, members=15, seed=0):
     """Write the run directory of a finished campaign, and return it."""
     noise = random.Random(seed)
-    run = RunDir.create(campaign_config(path, members))
+    counts = {stage: max(members + 8, round(trials * share)) for stage, (_, share, _) in STAGES.items()}
+    run = RunDir.create(campaign_config(path, counts, members))
     rows, tried = [], []
-    for stage, (epochs, share, _) in STAGES.items():
-        count = max(members + 1, round(trials * share))
+    for stage, (epochs, _, _) in STAGES.items():
+        count = counts[stage]
         carried = sorted(tried, key=_quality)[: count // 3]
         configs = carried + [_params(noise) for _ in range(count - len(carried))]
         rows += [_trial(run, stage, f"{stage}-{i:03d}", params, epochs, noise) for i, params in enumerate(configs)]
@@ -146,8 +153,8 @@ def _joules(params):
 
 def _share(uuid, domain, joules, start, seconds, throttled=None):
     return Share(
-        uuid, domain, START + start, START + start + seconds, 1.0, joules, "counter", 0.99, 0.98 * joules, 1.02 * joules,
-        throttled_seconds=throttled,
+        uuid, domain, START + start, START + start + seconds, 1.0, joules, "counter", 0.99, 0.98 * joules,
+        1.02 * joules, throttled_seconds=throttled,
     )  # fmt: skip
 
 
@@ -158,11 +165,12 @@ def _trial(run, stage, trial_id, params, epochs, noise, *, member=False):
     seconds, joules = 30.0 * done, _joules(params) * done * noise.uniform(0.95, 1.05)
     losses = [_quality(params) * (1 + 4 / (1 + epoch)) * noise.uniform(0.98, 1.02) for epoch in range(1, done + 1)]
     hot = {"power_cap": 0.3 * seconds if noise.random() < 0.02 else 0.0}
+    bill = EnergyReport.of([_share(f"GPU-{number % 8}", "gpu", joules, number, seconds, hot)])
     result = TrialResult(
         run="campaign", trial_id=trial_id, params=params, fidelity=Fidelity(stage, None, epochs, 1), status=fate,
         val_loss=None if fate == "failed" else min(losses), val_by_source={}, epochs_done=done, structures_seen=1000,
-        wall_seconds=seconds, energy=EnergyReport.of([_share(f"GPU-{number % 8}", "gpu", joules, number, seconds, hot)]),
-        n_parameters=params["hidden_dim"] ** 2 * params["n_layers"], error="out of memory" if fate == "failed" else None,
+        wall_seconds=seconds, energy=bill, n_parameters=params["hidden_dim"] ** 2 * params["n_layers"],
+        error="out of memory" if fate == "failed" else None,
         peak_memory_bytes=number * 10_000, devices=(f"GPU-{number % 8}",),
     ).flagged(0.1)  # fmt: skip
     folder = run.trial_folder(stage, trial_id)

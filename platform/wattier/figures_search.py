@@ -18,7 +18,7 @@ from wattier.figure_style import (
 )
 from wattier.importance import ImportanceInfo
 from wattier.plots import PLAIN_NAMES
-from wattier.units import format_joules, format_ratio
+from wattier.units import format_joules, format_joules_alike, format_ratio
 from wattier.views_search import STATUSES, FunnelInfo, ParallelInfo, ProgressInfo, stage_title
 
 MOST_LINES = 400  # of trials that were not picked, in parallel coordinates
@@ -37,7 +37,7 @@ def funnel_figure(info: FunnelInfo, what: str) -> go.Figure:
         if not any(values):
             continue
         largest = max(sum(s.counts.values()) for s in info.stages) if what == "trials" else _most_joules(info)
-        labels = [f"{n:,}" for n in counts] if what == "trials" else [format_joules(j) for j in joules]
+        labels = [f"{n:,}" for n in counts] if what == "trials" else _alike(info, joules)
         room = 0.09 if what == "trials" else 0.2
         figure.add_bar(
             y=names,
@@ -194,7 +194,7 @@ def _draw_axes(figure: go.Figure, info: ParallelInfo) -> None:
         range=[-0.15, len(labels) - 1 + 0.6],
     )  # fmt: skip
     figure.update_yaxes(visible=False, range=[-0.06, 1.06])
-    figure.update_layout(margin={"t": 70, "l": 10, "b": 50}, legend_y=-0.05)
+    figure.update_layout(margin={"t": 70, "l": 56, "b": 50}, legend_y=-0.05)
 
 
 def _parallel_title(info: ParallelInfo) -> str:
@@ -219,5 +219,9 @@ def _trials_title(info: FunnelInfo) -> str:
 
 
 def _joules_title(info: FunnelInfo) -> str:
-    known = [format_joules(stage.total_joules) for stage in info.stages]
-    return "Joules: " + " → ".join(known)
+    return "Joules: " + " → ".join(format_joules_alike([stage.total_joules for stage in info.stages]))
+
+
+def _alike(info: FunnelInfo, joules: list[float]) -> list[str]:
+    """In the unit of the dearest stage."""
+    return format_joules_alike([*joules, *(stage.total_joules for stage in info.stages)])[: len(joules)]

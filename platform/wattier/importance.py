@@ -19,8 +19,8 @@ from wattier.records import TrialResult
 from wattier.views_search import LOG_SPREAD, is_number, varied_parameters
 
 LEAST_TRIALS, LEAST_TRIALS_A_PARAMETER = 12, 4
-MOST_TRIALS = 400  # more make the forests slow and the answer no better
-TREES, SEED = 64, 0
+MOST_TRIALS = 250  # more make the forests slow and the answer no better
+TREES, SEED = 32, 0
 LEAST_EXPLAINED = 0.2  # of the variance of trials that a forest has not seen
 
 

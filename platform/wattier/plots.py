@@ -27,7 +27,7 @@ from wattier.views import Curve, LedgerInfo, ParetoInfo, ParetoPoint
 __all__ = ["MOST_CURVES", "figure_json", "learning_curves_figure", "ledger_figure", "pareto_figure"]
 
 MOST_CURVES, MOST_POINTS = 120, 150  # curves of trials that were not picked; points of one curve
-MOST_LABELS = 8
+MOST_LABELS = 6  # picked trials; more would lie on one another
 MOST_SHOWN = 2000  # points that are not picked and not on the front
 PLAIN_NAMES = {
     "candidate": "finished, not picked",
@@ -46,9 +46,10 @@ def pareto_figure(info: ParetoInfo) -> go.Figure:
         figure.add_scatter(x=rounded(x), y=rounded(y), mode="lines", line=line, name="Pareto front", hoverinfo="skip")
     shown = _thinned(info.points)
     kinds = dict.fromkeys(point.kind for point in shown)
+    few = sum(point.kind in KIND_COLOURS and point.kind != "candidate" for point in shown) <= MOST_LABELS
     middle = statistics.median([p.energy_joules for p in shown]) if shown else 0.0
     for kind in sorted(kinds, key=_on_top):
-        figure.add_trace(_points_trace(kind, [p for p in shown if p.kind == kind], middle))
+        figure.add_trace(_points_trace(kind, [p for p in shown if p.kind == kind], middle, labelled=few))
     lay_out(figure, _pareto_title(info), "energy of the trial (J)", "validation loss", height=500)
     figure.update_layout(legend_traceorder="reversed")
     log_if_wide(figure, "x", [p.energy_joules for p in info.points])
@@ -116,15 +117,14 @@ def _on_top(kind: str) -> tuple[bool, bool, bool, str]:
     return kind in KIND_COLOURS, kind != "candidate", kind == "accurate", kind
 
 
-def _points_trace(kind: str, points: Sequence[ParetoPoint], middle_joules: float) -> go.Scatter:
+def _points_trace(kind: str, points: Sequence[ParetoPoint], middle_joules: float, *, labelled: bool) -> go.Scatter:
     finished = kind in KIND_COLOURS
     colour = KIND_COLOURS.get(kind, GREY)
     picked = finished and kind != "candidate"
-    labelled = picked and len(points) <= MOST_LABELS
     return go.Scatter(
         x=rounded(p.energy_joules for p in points),
         y=rounded(p.val_loss for p in points),
-        mode="markers+text" if labelled else "markers",
+        mode="markers+text" if labelled and picked else "markers",
         text=[safe(p.trial_id) for p in points],
         textposition=["top right" if p.energy_joules <= middle_joules else "top left" for p in points],
         textfont={"size": 12},

@@ -14,8 +14,8 @@ from wattier import figures_evaluation, figures_power, figures_search, plots
 from wattier.figure_style import in_script
 from wattier.findings import Findings
 from wattier.rundir import FULL_STAGE
-from wattier.units import UNKNOWN, format_joules, format_ratio, format_seconds
-from wattier.views_search import STATUSES, stage_title
+from wattier.units import UNKNOWN, format_joules, format_joules_alike, format_ratio, format_seconds
+from wattier.views_search import STATUSES, FunnelStage, stage_title
 
 MOST_ROWS = 25  # of a table beside a figure
 NONE, NO_BREAK = "\u2013", "\u00a0"
@@ -191,22 +191,29 @@ def funnel_table(findings: Findings) -> Table:
     head = ("Stage", "Each trained on", "Trials", "New", *(names.get(s, s).capitalize() for s in statuses), "Went on",
             "Energy", "of finished", "of others")  # fmt: skip
     rows = []
-    for stage in stages:
+    joules = [(s.total_joules, s.joules.get("complete"), _lost(s)) for s in stages]
+    words = format_joules_alike([value for row in joules for value in row])
+    for index, stage in enumerate(stages):
         structures = "all structures" if stage.structures is None else f"{stage.structures:,} structures"
         ranks = f", {stage.ranks} ranks" if stage.ranks > 1 else ""
         planned = f"{stage.trials:,}" + (f" of {stage.planned:,}" if stage.planned not in (None, stage.trials) else "")
         counts = [f"{stage.counts.get(status, 0):,}" for status in statuses]
-        lost = [joules for status, joules in stage.joules.items() if status != "complete" and joules is not None]
-        finished = format_joules(stage.joules.get("complete")) if stage.counts.get("complete") else NONE
+        total, finished, lost = words[3 * index : 3 * index + 3]
         most = "up to " if stage.stage == FULL_STAGE else ""
         rows.append(
             (
                 stage_title(stage.stage), f"{structures}, {most}{stage.epochs:,} epochs{ranks}", planned,
-                f"{stage.fresh:,}", *counts, f"{stage.went_on:,}", format_joules(stage.total_joules), finished,
-                format_joules(sum(lost)) if lost else NONE,
+                f"{stage.fresh:,}", *counts, f"{stage.went_on:,}", total,
+                finished if stage.counts.get("complete") else NONE,
+                lost if len(stage.counts) > ("complete" in stage.counts) else NONE,
             )
         )  # fmt: skip
     return Table(head, tuple(rows))
+
+
+def _lost(stage: FunnelStage) -> float | None:
+    known = [joules for status, joules in stage.joules.items() if status != "complete" and joules is not None]
+    return sum(known) if known else None
 
 
 def power_table(findings: Findings) -> Table:

@@ -32,7 +32,10 @@ def summary(findings: Findings) -> list[str]:
         return sentences if own else [*sentences, "No evaluation yet: errors on held-out structures are not known."]
     if findings.evaluation.sources:
         parts = [_source_words(source, metrics) for source, metrics in findings.evaluation.sources.items()]
-        sentences.append(f"Mean energy errors of the ensemble on held-out structures, in eV/atom: {'; '.join(parts)}.")
+        sentences.append(
+            "Mean energy errors of the ensemble on held-out structures, in eV/atom and as a share of the composition "
+            f"baseline's: {', '.join(parts)}."
+        )
     sentences += _coverage_sentences(findings)
     return sentences
 
@@ -109,14 +112,16 @@ def _by_hand(findings: Findings) -> str:
 def _source_words(source: str, metrics: dict[str, Any]) -> str:
     error = metrics.get("energy_mae_ev_per_atom")
     ratio = metrics.get("energy_mae_ratio")
-    baseline = f" ({format_ratio(ratio)} of the composition baseline's)" if ratio is not None else ""
+    baseline = f" ({format_ratio(ratio)})" if ratio is not None else ""
     return f"{source} {UNKNOWN if error is None else f'{error:.3g}'}{baseline}"
 
 
 def _coverage_sentences(findings: Findings) -> list[str]:
     pooled = [row for row in findings.coverage if row.source == "all sources" and row.observed is not None]
-    return [
-        f"{format_ratio(row.observed)} of the held-out {row.quantity} lie inside their {format_ratio(row.target)} "
-        f"intervals{'' if row.is_inside is not False else ', which chance alone does not explain'}."
-        for row in pooled
-    ]
+    nouns = {"energy": "energies", "forces": "force components"}
+    sentences = []
+    for row in pooled:
+        doubt = ", which chance alone does not explain" if row.is_inside is False else ""
+        what = f"{format_ratio(row.observed)} of the held-out {nouns.get(row.quantity, row.quantity)}"
+        sentences.append(f"{what} lie inside their {format_ratio(row.target)} intervals{doubt}.")
+    return sentences

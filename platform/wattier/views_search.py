@@ -193,7 +193,13 @@ def _number_axis(name: str, unit: str, values: Sequence[float | None]) -> Parall
         None if value is None else ((math.log(value) if log else float(value)) - first) / span for value in values
     )
     middle = math.exp((first + last) / 2) if log else (first + last) / 2
-    ticks = (
-        ((0.0, f"{low:.3g}"), (0.5, f"{middle:.3g}"), (1.0, f"{high:.3g}")) if high > low else ((0.0, f"{low:.3g}"),)
-    )
+    ends = ((0.0, low), (0.5, middle), (1.0, high)) if high > low else ((0.0, low),)
+    ticks = tuple((place, _compact(value)) for place, value in ends)
     return ParallelAxis(name, unit, positions, ticks, log)
+
+
+def _compact(value: float) -> str:
+    """Three digits, numbers from ten thousand on with an SI prefix."""
+    scales = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+    scale, prefix = next(((s, p) for least, s, p in scales if abs(value) >= least), (1.0, ""))
+    return f"{value / scale:.3g}{prefix}"
