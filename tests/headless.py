@@ -58,48 +58,65 @@ def _port(file):
     raise TimeoutError("chromium did not start")
 
 
-def look(address, page, *, width=1280, height=900, dark=False, questions=(), picture=None, pdf=None, ready="true"):
+def look(
+    address,
+    page,
+    *,
+    width=1280,
+    height=900,
+    schemes=("light",),
+    questions=(),
+    picture=None,
+    part="null",
+    pdf=None,
+    ready="true",
+):
     """Open a page and wait until a script's `ready` is true.
 
     Args:
         address: of `browser`.
+        schemes: colour schemes, `light` or `dark`, that are wished for one after the other.
         page: a file, or an address.
         questions: scripts, each a single expression; their values are `Seen.answers`.
-        picture: file for a PNG of the whole page; a JavaScript expression for the part of it may follow as a tuple.
+        picture: file for a PNG of the whole page, in which `{scheme}` stands for the colour scheme.
+        part: an expression for the element that the picture is to show.
         pdf: file for what a printer would get.
         ready: what must hold before the page is looked at.
+
+    Returns:
+        What was seen, once a scheme; errors and requests are those until then.
     """
-    return asyncio.run(_look(address, page, width, height, dark, questions, picture, pdf, ready))
+    return asyncio.run(_look(address, page, (width, height), schemes, questions, picture, part, pdf, ready))
 
 
-async def _look(address, page, width, height, dark, questions, picture, pdf, ready):
-    url = page if "://" in str(page) else Path(page).absolute().as_uri()
+async def _look(address, page, size, schemes, questions, picture, part, pdf, ready):
+    url, found = page if "://" in str(page) else Path(page).absolute().as_uri(), []
     async with aiohttp.ClientSession() as session, session.put(f"{address}/json/new?about:blank") as answer:
         target = await answer.json(content_type=None)
         async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
             tab = _Tab(socket)
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await tab.ask(f"{domain}.enable")
-            await tab.ask(
-                "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-            )
-            scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-            await tab.ask("Emulation.setEmulatedMedia", features=scheme)
-            await tab.ask("Page.navigate", url=url)
-            for _ in range(int(_ANSWER_SECONDS / 0.05)):
-                if await tab.value(f"document.readyState === 'complete' && ({ready})"):
-                    break
-                await asyncio.sleep(0.05)
-            else:
-                raise TimeoutError(f"{url}: {ready} never came true; console: {tab.errors}")
-            answers = {question: await tab.value(question) for question in questions}
-            if picture:
-                await tab.picture(*(picture if isinstance(picture, tuple) else (picture,)))
+            width, height = size
+            metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            await tab.ask("Emulation.setDeviceMetricsOverride", **metrics)
+            for number, scheme in enumerate(schemes):
+                wish = [{"name": "prefers-color-scheme", "value": scheme}]
+                await tab.ask("Emulation.setEmulatedMedia", features=wish)
+                if number == 0:
+                    await tab.ask("Page.navigate", url=url)
+                await tab.until(f"document.readyState === 'complete' && ({ready})")
+                answers = {question: await tab.value(question) for question in questions}
+                if picture:
+                    await tab.picture(picture.format(scheme=scheme), part)
+                requests = [asked for asked in tab.requests if asked != url]
+                found.append(Seen(list(tab.errors), requests, answers))
             if pdf:
                 printed = await tab.ask("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
                 Path(pdf).write_bytes(base64.b64decode(printed["data"]))
+                found[-1].errors.extend(tab.errors[len(found[-1].errors) :])
         await session.get(f"{address}/json/close/{target['id']}")
-    return Seen(tab.errors, [asked for asked in tab.requests if asked != url], answers)
+    return found
 
 
 class _Tab:
@@ -133,7 +150,14 @@ class _Tab:
             raise RuntimeError(f"{expression}: {told['exceptionDetails']}")
         return told["result"].get("value")
 
-    async def picture(self, file, part="null"):
+    async def until(self, expression):
+        for _ in range(int(_ANSWER_SECONDS / 0.05)):
+            if await self.value(expression):
+                return
+            await asyncio.sleep(0.05)
+        raise TimeoutError(f"{expression} never came true; console: {self.errors}")
+
+    async def picture(self, file, part):
         box = f"(({part}) ?? document.documentElement).getBoundingClientRect()"
         size = await self.value(f"(r => [r.x + scrollX, r.y + scrollY, r.width, r.height])({box})")
         clip = dict(zip(("x", "y", "width", "height"), size, strict=True)) | {"scale": 1}

@@ -168,8 +168,8 @@ def importance_figure(info: ImportanceInfo) -> go.Figure | None:
             hovertemplate="%{y}: %{text} of the variance<extra></extra>",
         )
     first = {found.objective: next(iter(found.shares)) for found in told}
-    leaders = " and ".join(f"{safe(name)} matters most to the {objective}" for objective, name in first.items())
-    lay_out(figure, leaders[:1].upper() + leaders[1:], "share of the variance", "", height=150 + 58 * len(names))
+    leaders = "What matters most: " + ", ".join(f"{safe(name)} to the {goal}" for goal, name in first.items())
+    lay_out(figure, leaders, "share of the variance", "", height=150 + 58 * len(names))
     figure.update_yaxes(categoryorder="array", categoryarray=[safe(name) for name in names][::-1])
     figure.update_xaxes(tickformat=".0%", range=[0, 1.15], nticks=6)
     figure.update_layout(barmode="group", margin={"t": 16, "l": 10}, legend_traceorder="normal")

@@ -78,6 +78,8 @@ class ParallelInfo(NamedTuple):
 
 def funnel_info(run: RunDir, trials: TrialsInfo, selection: Selection | None) -> FunnelInfo:
     """The funnel by stage, from records and journals."""
+    if not trials.rows:
+        return FunnelInfo(())
     config = run.config()
     bills = trial_bills(run)
     names = [name for name in stages_in_order(run, {row.stage for row in trials.rows}) if _is_shown(trials, name)]
