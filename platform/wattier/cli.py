@@ -144,11 +144,20 @@ def evaluate(target: Target) -> None:
 
 
 @app.command()
-def report(target: Target) -> None:
-    """Write report.html, one file that needs no network."""
+def report(
+    target: Target,
+    formats: Annotated[
+        str, typer.Option("--format", metavar="LIST", help="Of html, md, json, csv, with commas between them.")
+    ] = "html,md,json,csv",
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to; the run directory if not given.")
+    ] = None,
+) -> None:
+    """Write the report: report.html, one file that needs no network, and report.md, report.json and trials.csv."""
     from wattier.report import write_report
 
-    typer.echo(write_report(_existing(target)))
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    typer.echo(write_report(_existing(target), wanted, output))
 
 
 @app.command()

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from wattier.data_stats import StatsInfo
-from wattier.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, TEMPLATE, figure_json
+from wattier.figure_style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, TEMPLATE, figure_json
 from wattier.rundir import write_text
 from wattier_gnn.datasets import SYMBOLS
 from wattier_gnn.stats import SourceStats

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 
 import torch
 
 from wattier.config import TelemetrySection
+from wattier.peak_memory import held_memory_bytes
+from wattier.power_trace import SUFFIX as TRACE_SUFFIX
+from wattier.power_trace import traced_power
 from wattier_telemetry import Device, EnergyMeter, Reading, open_source
+from wattier_telemetry.journal import SUFFIX as JOURNAL_SUFFIX
 from wattier_telemetry.source import PowerSource, SourceUnavailable
 
 
@@ -24,8 +28,9 @@ def metered(  # noqa: PLR0913  (most are keywords)
     on_gpu: bool,
     fraction: float = 1.0,
     counted_by_parent: bool = False,
+    traced: bool = False,
 ) -> Iterator[tuple[EnergyMeter, PowerSource]]:
-    """A running meter whose journal lies in a folder; one journal for each attempt."""
+    """A running meter whose journal lies in a folder, and if traced a trace beside it; one of each for each attempt."""
     folder.mkdir(parents=True, exist_ok=True)
     source = _open_source(telemetry, on_gpu=on_gpu)
     if counted_by_parent and all(device.method == "estimated" for device in source.devices()):
@@ -33,18 +38,26 @@ def metered(  # noqa: PLR0913  (most are keywords)
     # Asked for by name: a list of the folder, by each of the thousands of processes that meter in it, takes its square.
     names = (folder / f"attempt{attempt}-{name}.energy.json" for attempt in count(1))
     journal = next(path for path in names if not path.exists())
+    meter = EnergyMeter(
+        source,
+        journal=journal,
+        fraction=fraction,
+        interval_seconds=telemetry.interval_seconds,
+        journal_seconds=telemetry.journal_seconds,
+        synchronize=_wait_for_cuda if on_gpu else None,
+    )
     try:
-        with EnergyMeter(
-            source,
-            journal=journal,
-            fraction=fraction,
-            interval_seconds=telemetry.interval_seconds,
-            journal_seconds=telemetry.journal_seconds,
-            synchronize=_wait_for_cuda if on_gpu else None,
-        ) as meter:
+        with meter, _trace_beside(meter, source, on_gpu=on_gpu) if traced else nullcontext():
             yield meter, source
     finally:
         source.close()
+
+
+def _trace_beside(meter: EnergyMeter, source: PowerSource, *, on_gpu: bool) -> AbstractContextManager[None]:
+    if meter.journal is None or not source.devices():
+        return nullcontext()
+    path = meter.journal.with_name(meter.journal.name.removesuffix(JOURNAL_SUFFIX) + TRACE_SUFFIX)
+    return traced_power(path, meter, source.devices(), lambda: held_memory_bytes(on_gpu=on_gpu))
 
 
 def check_source(telemetry: TelemetrySection) -> None:

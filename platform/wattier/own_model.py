@@ -271,6 +271,7 @@ def _energy_of(context: TrialContext) -> Iterator[_Energy]:
             on_gpu=context.gpus > 0,
             fraction=context.device_fraction,
             counted_by_parent=context.counted_by_parent,
+            traced=True,
         ) as (meter, source),
         registered(context, source) as registration,
     ):

@@ -29,8 +29,21 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
+    return _status_bytes("VmHWM")
+
+
+def held_memory_bytes(*, on_gpu: bool) -> int | None:
+    """What this process holds now, B, of the kind that `peak_memory_bytes` tells the most of; None = nobody tells."""
+    if not on_gpu:
+        return _status_bytes("VmRSS")
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    return sum(int(torch.cuda.memory_reserved(index)) for index in range(torch.cuda.device_count()))
+
+
+def _status_bytes(name: str) -> int | None:
     try:
         lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-        return 1024 * int(lines["VmHWM"].split()[0])
+        return 1024 * int(lines[name].split()[0])
     except (OSError, KeyError, ValueError):
         return None

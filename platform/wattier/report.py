@@ -1,12 +1,15 @@
-"""The report: one HTML file that opens anywhere, without a network."""
+"""The report: one HTML file that opens anywhere, without a network, and the same as text, JSON and CSV beside it."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import base64
+import gzip
+import html
 import json
-import platform
+import re
 import time
-from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,186 +17,153 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from wattier import plots, views
-from wattier.records import PhaseEnergy
-from wattier.rundir import FULL_STAGE, RunDir, read_json, write_text
-from wattier.units import UNKNOWN, format_joules, format_ratio, format_seconds
+from wattier.errors import UserError
+from wattier.figure_style import NIGHT_TEMPLATE, TEMPLATE, in_script
+from wattier.findings import Findings, gather
+from wattier.report_figures import drawings, funnel_table, power_table, tight
+from wattier.report_formats import to_csv, to_json
+from wattier.report_summary import format_number, how_known, share, summary
+from wattier.rundir import RunDir, write_text
+from wattier.units import UNKNOWN, format_bytes, format_joules, format_ratio, format_seconds
+from wattier.views import TrialRow
+from wattier.views_evaluation import TALK_NAMES, calibration_rows
+from wattier.views_search import varied_parameters
+from wattier.views_selection import FLAG_WORDS
 
-PACKAGES = ("wattier", "torch", "ray", "optuna", "numpy", "plotly", "pydantic", "ase", "nvidia-ml-py")
+FORMATS = {"html": "report.html", "md": "report.md", "json": "report.json", "csv": "trials.csv"}
+MOST_ROWS = 400  # of the table of trials; trials.csv has all
 NO_BREAK = "\u00a0"
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATES = Path(__file__).parent / "templates" / "report"
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]|#])")
 
 
-def write_report(run: RunDir) -> Path:
-    """Write ``report.html`` from what the run directory holds so far, and return its path.
+def write_report(run: RunDir, formats: Sequence[str] = tuple(FORMATS), folder: Path | None = None) -> Path:
+    """Write the report from what the run directory holds so far.
+
+    Args:
+        run: what to report on.
+        formats: of `FORMATS`.
+        folder: where to; None = the run directory.
+
+    Returns:
+        The path of the first file.
 
     Raises:
-        UserError: a record of the run is damaged.
+        UserError: a record of the run is damaged, a format is unknown, or the folder cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "joules": lambda value: format_joules(value).replace(" ", NO_BREAK),
-        "seconds": lambda value: format_seconds(value).replace(" ", NO_BREAK),
-        "percent": format_ratio,
-        "number": format_number,
-        "count": format_count,
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise UserError(f"--format: is {','.join(unknown) or 'empty'!r}, but must be of {', '.join(FORMATS)}")
+    findings, folder = gather(run), run.path if folder is None else folder
+    written = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    made = {
+        "html": lambda: _page(findings, written),
+        "md": lambda: _text(findings, written),
+        "json": lambda: to_json(findings, written),
+        "csv": lambda: to_csv(findings),
     }
-    write_text(run.report_path, environment.get_template("report.html").render(_context(run)))
-    return run.report_path
-
-
-def format_number(value: Any) -> str:
-    """A measured number to four digits; None is `unknown`."""
-    return UNKNOWN if value is None else f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in formats:
+            write_text(folder / FORMATS[name], made[name]())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}). Give another --output.") from error
+    return folder / FORMATS[formats[0]]
 
 
 def format_count(value: Any) -> str:
     """A whole number with thousands marked; None is `unknown`."""
-    return UNKNOWN if value is None else f"{value:,}"
+    return UNKNOWN if value is None else f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
-def _context(run: RunDir) -> dict[str, Any]:
-    config, trials, ledger = run.config(), views.trials_info(run), views.ledger_info(run)
-    selection, evaluation = views.selection_info(run), views.evaluation_info(run)
-    cleaning = _cleaning(run)
+def shown_rows(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """The rows of the table of trials: all, or if they are many the picked, the failed and the best of each stage."""
+    if len(rows) <= MOST_ROWS:
+        return list(rows)
+    kept = [row for row in rows if row.tier or row.status == "failed"][: MOST_ROWS // 2]
+    rest = sorted(
+        (row for row in rows if row not in kept), key=lambda r: (r.val_loss is None, r.val_loss or 0.0, r.trial_id)
+    )
+    wanted = {(row.stage, row.trial_id) for row in [*kept, *rest[: MOST_ROWS - len(kept)]]}
+    return [row for row in rows if (row.stage, row.trial_id) in wanted]
+
+
+def _page(findings: Findings, written: str) -> str:
+    figures = drawings(findings)
+    environment = _environment(autoescape=True)
+    environment.filters |= {
+        "tight": tight,
+        "joules": lambda value: format_joules(value).replace(" ", NO_BREAK),
+        "seconds": lambda value: format_seconds(value).replace(" ", NO_BREAK),
+        "size": lambda value: UNKNOWN if value is None else format_bytes(value).replace(" ", NO_BREAK),
+    }
+    packed, themes = _packed_plotly()
+    context = _context(findings, written) | {
+        "figures": figures,
+        "figure_json": {name: Markup(drawing.json) for name, drawing in figures.items()},
+        "style": Markup(_source("style.css")),
+        "script": Markup(_source("script.js")),
+        "plotly_packed": Markup(packed),
+        "themes": Markup(themes),
+    }
+    return environment.get_template("page.html").render(context)
+
+
+def _text(findings: Findings, written: str) -> str:
+    environment = _environment(autoescape=False)
+    environment.filters |= {"joules": format_joules, "seconds": format_seconds, "md": _markdown}
+    return environment.get_template("report.md").render(_context(findings, written))
+
+
+def _environment(*, autoescape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": format_ratio, "number": format_number, "count": format_count}
+    return environment
+
+
+def _context(findings: Findings, written: str) -> dict[str, Any]:
+    """What both templates read."""
+    rows = shown_rows(findings.trials.rows)
+    cleaning = findings.cleaning
     return {
-        "name": config.name,
-        "own": config.trial,
-        "throttled_share": config.telemetry.throttled_share,
-        "path": str(run.path),
-        "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "trials": trials,
-        "varied": _varied(trials),
-        "ledger": ledger,
-        "projections": views.projection_info(run),
-        "phases": [(phase, _share(phase, ledger.total.joules)) for phase in ledger.phases],
-        "selection": selection,
-        "evaluation": evaluation,
-        "how_known": _how_known(ledger),
-        "sentences": _summary(trials, ledger, selection, evaluation, own=config.trial is not None),
-        "figures": _figures(run, ledger, evaluation),
-        "cleaning": cleaning,
+        **findings._asdict(),
+        "name": findings.config.name,
+        "own": findings.own,
+        "written": written,
+        "rows": rows,
+        "varied": varied_parameters(findings.trials.rows) or list(findings.trials.param_names),
+        "phases": [(phase, share(phase, findings.ledger.total.joules)) for phase in findings.ledger.phases],
+        "how_known": how_known(findings.ledger),
+        "sentences": summary(findings),
+        "funnel_table": funnel_table(findings),
+        "power_table": power_table(findings),
+        "calibration_rows": calibration_rows(findings.evaluation) if findings.evaluation else (),
+        "talk_names": TALK_NAMES,
+        "flag_words": FLAG_WORDS,
+        "throttled_share": findings.config.telemetry.throttled_share,
         "reasons": list(dict.fromkeys(r for counts in cleaning.get("removed", {}).values() for r in counts)),
-        "config_text": run.config_path.read_text(encoding="utf-8"),
-        "versions": _versions(),
-        "plotly_js": Markup(get_plotlyjs()),
     }
 
 
-def _figures(run: RunDir, ledger: views.LedgerInfo, evaluation: views.EvaluationInfo | None) -> dict[str, Markup]:
-    """JSON of each figure by its name; only those that have something to show."""
-    figures = {}
-    pareto = views.pareto_info(run)
-    if pareto and pareto.points:
-        figures["pareto"] = plots.pareto_figure(pareto)
-    curves = views.learning_curves_info(run)
-    for stage in dict.fromkeys(curve.stage for curve in curves):
-        figures[f"curves-{stage}"] = plots.learning_curves_figure([c for c in curves if c.stage == stage])
-    if ledger.phases:
-        figures["ledger"] = plots.ledger_figure(ledger)
-    if evaluation and evaluation.parity:
-        figures["energy-parity"] = plots.energy_parity_figure(evaluation)
-        figures["force-parity"] = plots.force_parity_figure(evaluation)
-    if evaluation and evaluation.calibration:
-        figures["calibration"] = plots.calibration_figure(evaluation)
-    return {name: Markup(plots.figure_json(figure)) for name, figure in figures.items()}
+@cache
+def _packed_plotly() -> tuple[str, str]:
+    """Plotly's own bundle, packed to two fifths, and both templates as JSON; the page unpacks it with the browser."""
+    packed = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    themes = {"day": TEMPLATE.to_plotly_json(), "night": NIGHT_TEMPLATE.to_plotly_json()}
+    return packed, in_script(json.dumps(themes))
 
 
-def _summary(
-    trials: views.TrialsInfo,
-    ledger: views.LedgerInfo,
-    selection: views.SelectionInfo | None,
-    evaluation: views.EvaluationInfo | None,
-    *,
-    own: bool,
-) -> list[str]:
-    """What was found, in sentences."""
-    searched = [row for row in trials.rows if row.stage != FULL_STAGE]
-    counts = Counter(row.status for row in searched)
-    stages = len({row.stage for row in searched})
-    ended = ", ".join(f"{number} {status}" for status, number in counts.items())
-    sentences = [f"{len(searched)} trials in {stages} search stage{'s' * (stages != 1)}: {ended}."]
-    if not searched:
-        sentences = ["No trial has run yet."]
-    sentences.append(_energy_sentence(ledger))
-    sentences.extend(_selection_sentences(selection)[: 1 if own else None])
-    if evaluation is None and not own:
-        sentences.append("No evaluation yet: errors on held-out structures are not known.")
-    for source, metrics in (evaluation.sources if evaluation else {}).items():
-        ratio = metrics.get("energy_mae_ratio")
-        error = format_number(metrics.get("energy_mae_ev_per_atom"))
-        baseline = f", {format_ratio(ratio)} of the composition baseline's" if ratio is not None else ""
-        sentences.append(f"On held-out {source} the ensemble's mean energy error is {error} eV/atom{baseline}.")
-    return sentences
+@cache
+def _source(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def _energy_sentence(ledger: views.LedgerInfo) -> str:
-    known = [phase for phase in ledger.phases if phase.joules is not None]
-    if not known or not ledger.total.joules:
-        return "Nothing is known about the energy of this run."
-    dearest = max(known, key=lambda phase: phase.joules or 0.0)
-    unknown = [phase.phase for phase in ledger.phases if phase.joules is None]
-    missing = f" Not in that sum, since unknown: {', '.join(unknown)}." if unknown else ""
-    wasted = sum(entry.joules or 0.0 for entry in ledger.by_status if entry.status in ("failed", "interrupted"))
-    lost = f" Failed and interrupted trials took {format_joules(wasted)} of it." if wasted else ""
-    return (
-        f"The run has cost {format_joules(ledger.total.joules)} ({_how_known(ledger)}), "
-        f"{_share(dearest, ledger.total.joules)} of it for {dearest.phase}.{lost}{missing}"
-    )
-
-
-def _how_known(ledger: views.LedgerInfo) -> str:
-    """The method; of several the best known first, with the shares of the weaker ones."""
-    methods, total = ledger.joules_by_method, ledger.total.joules
-    if not total or len(methods) < 2:
-        return ledger.total.method or UNKNOWN
-    best, *weaker = methods
-    return f"{best}, with " + " and ".join(f"{format_ratio(methods[name] / total)} {name}" for name in weaker)
-
-
-def _selection_sentences(selection: views.SelectionInfo | None) -> list[str]:
-    if selection is None:
-        return ["No selection yet: no trial has been chosen."]
-    record = selection.selection
-    tiers = [(t.name, ", ".join(p.trial_id for p in t.picks)) for t in record.tiers if t.picks]
-    picked = "; ".join(f"{name}: {ids}" for name, ids in tiers)
-    text = f"{len(record.picked)} of {len(record.candidates)} candidates were picked ({picked})."
-    if record.projected_joules is None:
-        return [text, "What their full training will cost cannot be said."]
-    saved = ""
-    if selection.saved_joules is not None and record.projected_joules_all:
-        ratio = format_ratio(selection.saved_joules / record.projected_joules_all)
-        saved = f", {format_joules(selection.saved_joules)} ({ratio}) less than training all candidates"
-    return [text, f"Their full training was projected to cost {format_joules(record.projected_joules)}{saved}."]
-
-
-def _share(phase: PhaseEnergy, total: float | None) -> str:
-    return format_ratio(phase.joules / total) if phase.joules is not None and total else UNKNOWN
-
-
-def _varied(trials: views.TrialsInfo) -> list[str]:
-    """Parameters that differ between trials: the others are in the config."""
-    values = {n: {json.dumps(r.params.get(n)) for r in trials.rows if r.params} for n in trials.param_names}
-    return [name for name, seen in values.items() if len(seen) > 1] or list(trials.param_names)
-
-
-def _cleaning(run: RunDir) -> dict[str, Any]:
-    path = run.store_manifest_path
-    cleaning: dict[str, Any] = read_json(path).get("cleaning", {}) if path.exists() else {}
-    return cleaning
-
-
-def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version(), "system": platform.platform()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+def _markdown(value: Any) -> str:
+    """A text in which Markdown and HTML mean nothing."""
+    return _MARKDOWN.sub(r"\\\1", html.escape(" ".join(str(value).split()), quote=False))

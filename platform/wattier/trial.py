@@ -66,6 +66,7 @@ def run_trial(context: TrialContext) -> TrialResult | None:
                 on_gpu=context.gpus > 0,
                 fraction=context.device_fraction,
                 counted_by_parent=context.counted_by_parent,
+                traced=True,
             )
         )
         if rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 JOULES_PER_KWH = 3.6e6
 UNKNOWN = "unknown"
@@ -16,6 +17,17 @@ def format_joules(joules: float | None) -> str:
     size = float(f"{abs(joules):.3g}")  # rounded first: 999.9 J is 1.00 kJ, not 1,000 J
     scale, unit = next((scale, unit) for scale, unit, limit in _JOULE_SCALES if size < limit)
     return f"{three_digits(joules / scale)} {unit}"
+
+
+def format_joules_alike(values: Sequence[float | None]) -> list[str]:
+    """Joules that stand in one column: all in the unit of the largest, to three digits each."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    size = float(f"{max(map(abs, known), default=0.0):.3g}")
+    scale, unit = next((scale, unit) for scale, unit, limit in _JOULE_SCALES if size < limit)
+    return [
+        UNKNOWN if value is None or not math.isfinite(value) else f"{three_digits(value / scale)} {unit}"
+        for value in values
+    ]
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -52,6 +52,13 @@ class TrialRow(NamedTuple):
     note: str  # error, or why it is no candidate
     throttled_ratio: float | None = None
     throttled: bool = False  # its joules and seconds are not comparable
+    joules_low: float | None = None
+    joules_high: float | None = None
+    coverage_ratio: float | None = None
+    mean_watts: float | None = None
+    peak_memory_bytes: int | None = None
+    started_at: str | None = None
+    devices: tuple[str, ...] = ()
 
 
 class TrialsInfo(NamedTuple):
@@ -71,6 +78,9 @@ class ParetoPoint(NamedTuple):
     on_front: bool
     epochs_done: int
     epochs: int
+    is_candidate: bool = False
+    params: dict[str, Any] = {}  # noqa: RUF012  (of a tuple, which nobody changes)
+    throttled: bool = False
 
 
 class ParetoInfo(NamedTuple):
@@ -110,6 +120,7 @@ class EvaluationInfo(NamedTuple):
     sources: dict[str, dict[str, Any]]
     calibration: dict[str, dict[str, Any]]
     parity: dict[str, dict[str, list[float | None]]]
+    more: dict[str, Any] = {}  # noqa: RUF012  (of a tuple, which nobody changes): intervals, weights, pooled ...
 
 
 class ProjectionInfo(NamedTuple):
@@ -166,8 +177,12 @@ def pareto_info(run: RunDir) -> ParetoInfo | None:
             continue
         kind = _tier(selection, stage, trial.trial_id) or ("candidate" if trial.trial_id in ids else trial.status)
         is_on_front = trial.trial_id in on_front
-        progress = (trial.epochs_done, trial.fidelity.epochs)
-        points.append(ParetoPoint(trial.trial_id, loss, joules, kind, is_on_front, *progress))
+        points.append(
+            ParetoPoint(
+                trial.trial_id, loss, joules, kind, is_on_front, trial.epochs_done, trial.fidelity.epochs,
+                trial.trial_id in ids, trial.params, trial.throttled,
+            )
+        )  # fmt: skip
     front = sorted({(p.val_loss, p.energy_joules) for p in points if p.on_front}, key=lambda point: point[::-1])
     shown = {p.trial_id for p in points}
     return ParetoInfo(
@@ -216,6 +231,7 @@ def evaluation_info(run: RunDir) -> EvaluationInfo | None:
         sources=data.get("sources") or {},
         calibration={name: part for name, part in (data.get("calibration") or {}).items() if part},
         parity=data.get("parity") or {},
+        more={name: part for name, part in data.items() if name not in EvaluationInfo._fields},
     )
 
 
@@ -276,6 +292,13 @@ def _row(trial: TrialResult, selection: Selection | None) -> TrialRow:
         note=note,
         throttled_ratio=trial.throttled_ratio,
         throttled=trial.throttled,
+        joules_low=trial.energy.joules_low,
+        joules_high=trial.energy.joules_high,
+        coverage_ratio=trial.energy.coverage_ratio if trial.energy.shares else None,
+        mean_watts=trial.mean_watts,
+        peak_memory_bytes=trial.peak_memory_bytes,
+        started_at=trial.started_at,
+        devices=trial.devices,
     )
 
 

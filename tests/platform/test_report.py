@@ -1,13 +1,16 @@
 """The report: one offline file, safe against hostile names, at every point of a run."""
 
+import base64
+import gzip
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from wattier import plots
+from wattier import figures_evaluation, plots
 from wattier.report import write_report
 from wattier.rundir import append_json_line
 from wattier.views import evaluation_info, learning_curves_info, ledger_info, pareto_info
@@ -29,7 +32,8 @@ class Page(HTMLParser):
         found = dict(attributes)
         self.elements.append(tag)
         self.element = tag
-        self.target = found.get("data-target")
+        is_figure = tag == "script" and found.get("class") == "figure-data"
+        self.target = found["id"].replace("data-", "figure-", 1) if is_figure else None
         self.ids += [found["id"]] if "id" in found else []
         self.loads += [value for name, value in attributes if name in LOADING]
         self.handlers += [name for name in found if name.startswith("on")]
@@ -63,8 +67,10 @@ def test_the_whole_report_tells_everything(whole_run):
     assert "plotly 7." in page.text or "plotly 6." in page.text
     assert "learning_rate: 0.0001" not in page.text
     assert "low: 0.0001" in page.text  # the config
-    names = ["pareto", "curves-wide", "curves-deep", "curves-full", "ledger"]
-    names += ["energy-parity", "force-parity", "calibration"]
+    names = ["pareto", "curves-wide", "curves-deep", "curves-full", "ledger", "calibration", "parallel"]
+    names += ["funnel-trials", "funnel-joules", "progress-trials", "progress-joules"]
+    kinds = ("energy-density", "energy-bars", "force-density")
+    names += [f"parity-{kind}-{source}" for kind in kinds for source in (0, 1)]
     assert sorted(page.figures) == sorted(f"figure-{name}" for name in names)
     assert set(page.figures) <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
@@ -79,13 +85,14 @@ def test_nothing_is_loaded_from_anywhere(whole_run):
     style = re.search(r"<style>(.*?)</style>", text, re.S).group(1)
     assert "url(" not in style
     assert "@import" not in style
-    assert text.count("plotly.js v") == 1
+    packed = re.search(r'id="plotly-packed">([^<]*)<', text).group(1)
+    assert gzip.decompress(base64.b64decode(packed)).count(b"plotly.js v") == 1
 
 
 def test_hostile_names_are_shown_not_obeyed(whole_run):
     evil = "</script><script>alert(1)</script>"
     row = whole_run.trials("deep")[0].to_dict()
-    row |= {"trial_id": HOSTILE, "params": {evil: evil}, "error": evil, "val_loss": 0.2}
+    row |= {"trial_id": HOSTILE, "params": {evil: evil, "hidden_dim": 64}, "error": evil, "val_loss": 0.2}
     append_json_line(whole_run.trials_path, row)
     data = json.loads(whole_run.evaluation_path.read_text())
     for part in ("sources", "parity"):
@@ -122,7 +129,8 @@ def test_an_empty_run_has_a_report_too(empty_run):
 def test_the_report_is_replaced_whole(searched_run):
     write_report(searched_run)
     write_report(searched_run)
-    assert [p.name for p in searched_run.path.glob("*report*")] == ["report.html"]
+    made = sorted(p.name for p in searched_run.path.glob("*report*"))
+    assert made == ["report.html", "report.json", "report.md"]
     assert not list(searched_run.path.glob(".*tmp"))
 
 
@@ -142,17 +150,19 @@ def test_axes_carry_their_units(whole_run):
     evaluation = evaluation_info(whole_run)
     assert axis_titles(plots.pareto_figure(pareto_info(whole_run)))["xaxis"] == "energy of the trial (J)"
     assert axis_titles(plots.ledger_figure(ledger_info(whole_run)))["xaxis"] == "energy (J)"
-    assert axis_titles(plots.energy_parity_figure(evaluation))["xaxis"] == "true (eV/atom)"
-    assert axis_titles(plots.force_parity_figure(evaluation))["yaxis"] == "predicted (eV/Å)"
-    assert "interval" in axis_titles(plots.calibration_figure(evaluation))["xaxis"]
+    energy = figures_evaluation.parity_bars_figure(evaluation, "ani1x", "energy")
+    forces = figures_evaluation.parity_density_figure(evaluation, "ani1x", "forces")
+    assert axis_titles(energy)["xaxis"] == "true (eV/atom)"
+    assert axis_titles(forces)["yaxis"] == "predicted (eV/Å)"
+    assert "interval" in axis_titles(figures_evaluation.calibration_figure(evaluation))["xaxis"]
 
 
-def test_the_scatter_draws_stopped_trials_hollow(whole_run):
+def test_the_scatter_draws_stopped_trials_as_crosses(whole_run):
     figure = plots.pareto_figure(pareto_info(whole_run))
     symbols = {trace.name: trace.marker.symbol for trace in figure.data if trace.mode != "lines"}
-    assert symbols["stopped early, not compared"] == "circle-open"
+    assert symbols["stopped early, not compared"] == "x-thin-open"
     assert symbols["accurate"] == "diamond"
-    assert symbols["candidate"] == "circle"
+    assert symbols["finished, not picked"] == "circle"
 
 
 def test_a_wide_axis_is_logarithmic_with_round_ticks(whole_run):
@@ -163,10 +173,24 @@ def test_a_wide_axis_is_logarithmic_with_round_ticks(whole_run):
 
 def test_parity_figures_draw_the_spread_and_survive_a_source_without_points(whole_run):
     evaluation = evaluation_info(whole_run)
-    figure = plots.energy_parity_figure(evaluation)
-    assert list(figure.data[1].error_y.array) == evaluation.parity["ani1x"]["energy_std_ev_per_atom"]
-    bare = evaluation._replace(parity={"ani1x": {}, **evaluation.parity})
-    assert len(plots.force_parity_figure(bare).data) == 4
+    figure = figures_evaluation.parity_bars_figure(evaluation, "ani1x", "energy")
+    spread = evaluation.parity["ani1x"]["energy_std_ev_per_atom"]
+    assert list(figure.data[1].error_y.array) == pytest.approx(spread, rel=1e-4)
+    assert list(figure.data[1].x) == pytest.approx(evaluation.parity["ani1x"]["energy_true_ev_per_atom"], rel=1e-4)
+    bare = evaluation._replace(parity={"empty": {}, **evaluation.parity})
+    assert figures_evaluation.parity_bars_figure(bare, "empty", "energy") is None
+    assert figures_evaluation.parity_density_figure(bare, "empty", "forces") is None
+
+
+def test_density_counts_neighbours(whole_run):
+    parity = {"cluster": {
+        "energy_true_ev_per_atom": [0.0] * 50 + [1.0],
+        "energy_predicted_ev_per_atom": [0.0] * 50 + [1.0],
+    }}  # fmt: skip
+    evaluation = evaluation_info(whole_run)._replace(parity=parity)
+    figure = figures_evaluation.parity_density_figure(evaluation, "cluster", "energy")
+    colours = dict(zip(figure.data[1].x, figure.data[1].marker.color, strict=True))
+    assert colours == {1.0: 0.0, 0.0: pytest.approx(math.log10(50), rel=1e-4)}
 
 
 def test_curves_of_picked_trials_stand_out(whole_run):
