@@ -1,6 +1,6 @@
-"""How a whole campaign stands, read from its run directory again and again: what only the driver can show an operator.
+"""How a whole campaign stands, read from its run directory again and again: what only its driver can tell.
 
-Each look costs what has changed since the one before: a row is summed up once, a journal read again when it was written.
+A look costs what has changed since the one before: a row is summed up once, a journal read again when it was written.
 """
 
 from __future__ import annotations
@@ -160,11 +160,11 @@ class CampaignStanding:
         found = {}
         for stage in (*stage_names(self.config), FULL_STAGE):
             folder = self.run.path / "trials" / stage
-            names = os.listdir(folder) if folder.is_dir() else []
-            for name in sorted(names):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                name = path.name
                 row = self._rows.get((stage, name))
                 if row is None or (stage == FULL_STAGE and row.status == "failed"):
-                    trial = self._open_trial(folder / name)
+                    trial = self._open_trial(path)
                     if trial is not None:
                         found[stage, name] = trial
         return found
@@ -213,11 +213,11 @@ class CampaignStanding:
 
     def _phases(self, opened: Mapping[Key, OpenTrial]) -> Iterator[PhaseStanding]:
         folder = self.run.path / "phases"
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
         sums: dict[str, list[Joules]] = {}
-        for name in names:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            name = path.name
             is_stage = name == FULL_STAGE or name in stage_names(self.config)
-            sums.setdefault(_phase_of(name) if is_stage else name, []).append(self._folder_bill(folder / name))
+            sums.setdefault(_phase_of(name) if is_stage else name, []).append(self._folder_bill(path))
         for key in dict.fromkeys((*self._bills, *opened)):
             joules = opened[key].joules if key in opened else self._bills[key]
             sums.setdefault(_phase_of(key[0]), []).append(joules)

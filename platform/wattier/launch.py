@@ -151,7 +151,7 @@ class InlineLauncher:
     trial prints goes where this process prints, and a trial that hangs, or kills its process, takes it along.
     """
 
-    dashboard_url = None
+    dashboard_url: str | None = None
 
     def __init__(self) -> None:
         self._exporters = NodeExporters(ThisNode())

@@ -354,9 +354,9 @@ values (`max_over_time - min_over_time`), never `increase()` or `rate()` of joul
 _CAMPAIGN = """Campaigns
 
 What only the driver of a search knows. It writes one file in the folder where trials register, about once a second, and
-the exporter on its node shows these series as long as the driver lives; where several exporters of a node read one folder,
-each does, so take `max by (run, ...)`. Of one campaign at most 2,000 series for trials that ended (the newest 1,000) and
-some 20 for a stage; of at most 10 campaigns a node."""
+the exporter on its node shows these series as long as the driver lives. Where several exporters of a node read one
+folder, each does, so take `max by (run, ...)`. A campaign has at most 2,000 series of trials that ended (the newest
+1,000), and some 20 a stage; at most 10 campaigns a node are shown."""
 
 
 def _rows(metrics: Iterable[Metric]) -> str:
