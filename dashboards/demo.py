@@ -101,9 +101,11 @@ def configuration(folder: Path, seconds: float, remote_write: str | None = None)
     interval = "1s" if seconds < 300 else "2s"
     config["global"] = {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
     config["rule_files"] = [str(HERE / "rules.yml")]
-    (job,) = config["scrape_configs"]
-    del job["static_configs"]
-    job["file_sd_configs"] = [{"files": [str(folder / "targets" / "*.json")], "refresh_interval": "1s"}]
+    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+    del jobs["wattier"]["static_configs"]
+    for job, files in (("wattier", "targets/*.json"), ("ray", "ray/prom_metrics_service_discovery.json")):
+        jobs[job]["file_sd_configs"] = [{"files": [str(folder / files)], "refresh_interval": "1s"}]
+        jobs[job].pop("scrape_interval", None)
     if remote_write is not None:
         queue = {"batch_send_deadline": "1s"}
         config["remote_write"] = [{"url": remote_write, "queue_config": queue}]
@@ -168,9 +170,11 @@ def main() -> int:
         ):
             sys.stdout.write(_told(running, options.seconds))
             sys.stdout.flush()
-            while not stop.wait(0.5):
-                if running.process.poll() is not None:
-                    raise DemoError("prometheus has stopped")
+            while not stop.wait(0.5) and running.process.poll() is None:
+                pass
+            if not stop.is_set():
+                sys.stderr.write("demo: prometheus has stopped\n")
+                return 1
     except DemoError as error:
         sys.stderr.write(f"demo: {error}\n")
         return 1

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from replay.machines import open_host
 from replay.standing import standing
-from replay.world import HOSTS, LARGEST_MEMORY_BYTES, RUN, TRIALS, GPU, Trial, World
+from replay.world import GPU, HOSTS, LARGEST_MEMORY_BYTES, RUN, TRIALS, Trial, World
 from wattier_telemetry import TrialRegistration
 from wattier_telemetry.exporter import ServeOptions, start
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
@@ -72,7 +72,6 @@ class Trial:
     loss: float  # that it would reach in the end
     epochs: int = 10
     reason: str | None = None
-    parameters: int = field(default=0)
 
     def progress(self, share: float) -> float:
         """How much of it is done, 0 to 1, at a share of the campaign."""
@@ -83,19 +82,14 @@ class Trial:
         return self.loss * (1 + 2 * math.exp(-6 * epoch / self.epochs))
 
 
-def _scout(i: int, gpu: str, *, load: float, loss: float, ends: float = 0.30, status: str = "complete", reason=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    begins = 0.05 + 0.01 * i
-    return Trial(RUN, "scout", f"scout-00{i}", (gpu,), begins, ends, status, load, (20 + 5 * i) * GIB, 900.0 - 100 * i,
-                 loss, reason=reason)  # fmt: skip
-
-
 TRIALS = (
-    _scout(0, "gpu-0-0", load=0.45, loss=0.90),
-    _scout(1, "gpu-0-1", load=0.60, loss=0.74),
-    _scout(2, "gpu-0-2", load=0.75, loss=0.61),
-    _scout(3, "gpu-0-3", load=0.90, loss=1.40, ends=0.20, status="pruned"),
-    _scout(4, "die-1-0-0", load=0.70, loss=0.66),
-    _scout(5, "die-1-0-1", load=0.80, loss=0.70, ends=0.15, status="failed", reason="out_of_memory"),
+    Trial(RUN, "scout", "scout-000", ("gpu-0-0",), 0.05, 0.30, "complete", 0.45, 20 * GIB, 900.0, 0.90),
+    Trial(RUN, "scout", "scout-001", ("gpu-0-1",), 0.06, 0.30, "complete", 0.60, 25 * GIB, 800.0, 0.74),
+    Trial(RUN, "scout", "scout-002", ("gpu-0-2",), 0.07, 0.30, "complete", 0.75, 30 * GIB, 700.0, 0.61),
+    Trial(RUN, "scout", "scout-003", ("gpu-0-3",), 0.08, 0.20, "pruned", 0.90, 35 * GIB, 600.0, 1.40),
+    Trial(RUN, "scout", "scout-004", ("die-1-0-0",), 0.09, 0.30, "complete", 0.70, 40 * GIB, 500.0, 0.66),
+    Trial(RUN, "scout", "scout-005", ("die-1-0-1",), 0.10, 0.15, "failed", 0.80, 45 * GIB, 400.0, 0.70,
+          reason="out_of_memory"),
     Trial(RUN, "sift", "sift-000", ("gpu-0-0", "gpu-0-1"), 0.33, 0.60, "complete", 0.70, 41 * GIB, 1500.0, 0.52),
     Trial(RUN, "sift", "sift-001", ("gpu-0-2", "gpu-0-3"), 0.33, 0.62, "complete", 0.80, 52 * GIB, 1300.0, 0.44),
     Trial(RUN, "sift", "sift-002", ("gpu-0-4", "die-1-1-0"), 0.34, 0.58, "complete", 0.75, 38 * GIB, 1100.0, 0.49),
@@ -228,26 +222,27 @@ def trace(world: World, host: str, start_seconds: float, rounds: int = 1) -> Ite
     """Lines of a recording of one host's GPUs, the campaign again and again; its counters go on."""
     yield HEADER
     for gpu in (gpu for gpu in GPUS if gpu.host == host):
-        whole = world.joules(gpu.uuid, 0.0, world.seconds)
         times, _ = world.power_line(gpu.uuid)
         events = {edge * world.seconds for edge in (HOT_FROM, HOT_TO, CAPPED_FROM, CAPPED_TO)}
         for number in range(rounds):
             for time in sorted({t for t in (*times, *events) if 0 <= t < world.seconds}):
-                yield _line(world, gpu, time, start_seconds + number * world.seconds, number, number * whole)
+                yield f"{start_seconds + number * world.seconds + time:.4f},{_cells(world, gpu, time, number)}"
 
 
-def _line(world: World, gpu: Gpu, time: float, offset: float, number: int, joules: float) -> str:
+def _cells(world: World, gpu: Gpu, time: float, number: int) -> str:
+    """All but the time of a line of one round; what counters had counted in the rounds before is in it."""
     share = (time + 1e-9) / world.seconds
     trial, idle = world.trial_of(gpu.uuid, share), world.is_idle(gpu.uuid, share)
     reasons = world.throttle_reasons(gpu.uuid, share)
     held = {reason: number * seconds for reason, seconds in world.throttled_seconds(gpu.uuid, 1.0).items()}
     held = {reason: held[reason] + now for reason, now in world.throttled_seconds(gpu.uuid, share).items()}
     watts = _power_at(world, gpu.uuid, time)
+    joules = number * world.joules(gpu.uuid, 0.0, world.seconds) + world.joules(gpu.uuid, 0.0, time)
     load = 0.0 if idle or trial is None else trial.load
     clock = gpu.clock_hertz * (0.25 if idle else 0.55 if "software_thermal" in reasons else 0.97 if reasons else 1.0)
     cells = (
-        f"{offset + time:.4f}", gpu.uuid, gpu.name, "gpu", "counter", gpu.package, f"{watts:.3f}",
-        f"{joules + world.joules(gpu.uuid, 0.0, time):.3f}", f"{0.02 if idle else min(1.0, 0.6 + 0.4 * load):.3f}",
+        gpu.uuid, gpu.name, "gpu", "counter", gpu.package, f"{watts:.3f}",
+        f"{joules:.3f}", f"{0.02 if idle else min(1.0, 0.6 + 0.4 * load):.3f}",
         f"{0.5 * GIB if trial is None else trial.memory_bytes:.0f}", f"{gpu.memory_bytes:.0f}",
         f"{34 + 40 * load + (18 if 'software_thermal' in reasons else 0):.1f}", f"{clock:.0f}", "1600000000",
         "700" if gpu.host == "node0" else "280", f"{number + (share > 0.5)}", "0",
