@@ -50,7 +50,7 @@ def _now() -> list[AnyPanel]:
         figure("GPUs lost", "That their exporter cannot read any more.", COUNT, Query(f"sum(1 - {lost})")),
         figure("Exporters down", "Hosts whose exporter does not answer.", COUNT, Query(f"sum(1 - {up})")),
         figure(
-            "Idle watts wasted",
+            "Idle watts wasted now",
             "Power of GPUs that belong to a trial and do nothing.",
             WATTS,
             Query(f"sum(wattier:idle_allocated_watts:sum{HOST})"),

@@ -60,7 +60,7 @@ def _panels() -> list[AnyPanel]:
             axis="busy",
         ),
         rows(
-            "Sizes",
+            "Sizes in figures",
             "Energy, mean power and mean speed in the time range.",
             {
                 "energy": (f"sum by (run, stage, trial) (max by (run, stage, trial, rank) ({joules}))", JOULES),

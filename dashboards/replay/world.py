@@ -151,7 +151,7 @@ class World:
         gpu, trial = GPU[uuid], self.trial_of(uuid, share)
         if trial is None or self.is_idle(uuid, share):
             return gpu.idle_watts
-        slowed = 0.6 if uuid == HOT and self.throttle_reasons(uuid, share) else 1.0
+        slowed = 0.6 if "software_thermal" in self.throttle_reasons(uuid, share) else 1.0
         return gpu.idle_watts + slowed * trial.load * (gpu.busy_watts - gpu.idle_watts)
 
     def power_line(self, uuid: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
