@@ -19,7 +19,7 @@ RIPPLE = 0.04  # of the power, so that curves do not look drawn with a ruler
 STEPS = 120  # lines of a trace in one campaign, beside those where something begins or ends
 EDGE_SECONDS = 1e-3  # in which the power goes from one level to the next
 
-LOST, LOST_FROM = "die-1-2-1", 0.51  # the GPU that stops answering for the rest of the campaign, after its trial died
+LOST, LOST_FROM = "die-1-2-1", 0.53  # the GPU that stops answering for the rest of the campaign, after its trial died
 HOT, HOT_FROM, HOT_TO = "gpu-0-2", 0.40, 0.55  # the one that is throttled for heat
 CAPPED_FROM, CAPPED_TO = 0.70, 0.90  # when the power cap of the first host's GPUs acts
 IDLE, IDLE_FROM, IDLE_TO = "gpu-0-1", 0.42, 0.52  # allocated, and idle

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wattier.budget import Budget
+from wattier.campaign_reasons import reason_class
 from wattier.config import RunConfig
 from wattier.config_search import BudgetSection
 from wattier.errors import UserError
@@ -36,13 +37,6 @@ from wattier_telemetry.campaign import (
 
 ENOUGH_TRIALS = 3  # of a stage that ended, to say what its next ones will cost; before, the energy model says it
 SEARCH, FULL_TRAINING = "search", "full_training"  # as the sections of the config are called
-_MARKS = {  # what the reasons of `outcome` and of the launchers say, first match wins
-    "out of memory": "out_of_memory",
-    "its node was lost": "node_lost",
-    "it stalled:": "stalled",
-    "not started:": "over_budget",
-    "was killed": "killed",
-}
 
 Key = tuple[str, str]
 
@@ -66,16 +60,6 @@ class OpenTrial(NamedTuple):
     running: bool  # False = another driver started it, and this one has not taken it up again
     joules: Joules
     projected_joules: float | None
-
-
-def reason_class(result: TrialResult) -> str | None:
-    """Why a trial did not end well, in one of `REASONS`; None = it did."""
-    if result.diverged:
-        return "diverged"
-    if result.status != "failed":
-        return None
-    text = (result.error or "").lower()
-    return next((reason for mark, reason in _MARKS.items() if mark in text), "error")
 
 
 class CampaignStanding:
@@ -156,30 +140,34 @@ class CampaignStanding:
         return f"{SEARCH}:{left[0] if left else self.config.search.stages[-1].name}"
 
     def _open_trials(self) -> dict[Key, OpenTrial]:
-        """Trials that were started and have no record: those that run, and those that another driver left."""
+        """Trials that wrote something and have no record: those that run, and those that another driver left."""
         found = {}
         for stage in (*stage_names(self.config), FULL_STAGE):
             folder = self.run.path / "trials" / stage
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                name = path.name
-                row = self._rows.get((stage, name))
-                if row is None or (stage == FULL_STAGE and row.status == "failed"):
+                row = self._rows.get((stage, path.name))
+                if row is None or (row.status == "failed" and stage == FULL_STAGE and self._is_tried_again(path)):
                     trial = self._open_trial(path)
                     if trial is not None:
-                        found[stage, name] = trial
+                        found[stage, path.name] = trial
         return found
 
+    def _is_tried_again(self, folder: Path) -> bool:
+        """Whether a member that failed was begun anew: then what it left of the failure is gone."""
+        return (folder / "trial.json").exists() and not (folder / ERROR_NAME).exists()
+
     def _open_trial(self, folder: Path) -> OpenTrial | None:
-        note = folder / "trial.json"
-        if not note.exists() or (folder / "result.json").exists() or (folder / ERROR_NAME).exists():
-            return None
+        note, report = folder / "trial.json", bill(folder)
         try:
-            opened, data = note.stat().st_mtime, read_json(note)
+            # Written when the trial is started, or taken up again; a file server's clock may be a little off.
+            running = note.stat().st_mtime >= self.began_seconds - 2
+            data = read_json(note)
         except (OSError, UserError):
+            running, data = False, {}
+        if not (note.exists() or report.shares):
             return None
         projected = data.get("projected_joules") if isinstance(data, dict) else None
-        running = opened >= self.began_seconds - 2  # a file server's clock may be a little off
-        return OpenTrial(running, Joules.of(bill(folder)), projected)
+        return OpenTrial(running, Joules.of(report), projected if isinstance(projected, int | float) else None)
 
     def _spent(self, opened: Mapping[Key, OpenTrial]) -> dict[Key, float]:
         spent = {key: joules.value or 0.0 for key, joules in self._bills.items()}
