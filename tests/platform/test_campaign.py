@@ -44,7 +44,7 @@ class TestStanding:
             assert found[name].joules_high == pytest.approx(phase.joules_high)
 
     def test_stages(self, whole_run):
-        """Counted by hand in `search_specs`: 14 of wide; of deep 10, one diverged, one failed, and one left no record."""
+        """Counted by hand in `search_specs`: 14 of wide; of deep 10, one diverged, one failed, one left no record."""
         stages = by_stage(look(whole_run))
         assert stages["wide"].statuses == dict(zip(STATUSES, (0, 0, 10, 4, 0, 0), strict=True))
         assert stages["deep"].statuses == dict(zip(STATUSES, (0, 0, 7, 4, 1, 1), strict=True))
