@@ -71,6 +71,7 @@ def _now() -> list[AnyPanel]:
             RATIO,
             Query(f"max({used})"),
             empty="no budget",
+            bad=1.0,
         ),
         figure(
             "Expected end",
@@ -134,7 +135,7 @@ def _trials() -> list[AnyPanel]:
             "Failures by reason",
             "Trials that failed or diverged. Empty while none has.",
             COUNT,
-            Query(f"sort_desc({campaign('failures', 'stage', 'reason')} > 0)", "{{run}} {{stage}} {{reason}}"),
+            Query(f"sort_desc({campaign('failures', 'stage', 'reason')} > 0)", "{{stage}} {{reason}}"),
         ),
         linked(
             curves(
@@ -187,7 +188,7 @@ def _energy() -> list[AnyPanel]:
                 "Energy by trial",
                 "The 30 largest: last value of each trial's meter in the time range, trials that ended included.",
                 JOULES,
-                Query(f"topk(30, {by_trial})", TRIAL),
+                Query(f"topk(30, {by_trial})", "{{stage}} {{trial}}"),
             ),
             TO_TRIAL,
             TO_REPORT,
@@ -234,8 +235,8 @@ def _speed() -> list[AnyPanel]:
                 {
                     "epoch": (f"max by (run, stage, trial) (wattier_trial_epoch{{{CHOSEN}}})", COUNT),
                     "validation loss": (f"max by (run, stage, trial) (wattier_trial_val_loss{{{CHOSEN}}})", NUMBER),
-                    "energy": (f"wattier:trial_energy_joules:last{{{CHOSEN}}}", JOULES),
-                    "structures per second": (speed, PER_SECOND),
+                    "energy": (f"max by (run, stage, trial) (wattier:trial_energy_joules:last{{{CHOSEN}}})", JOULES),
+                    "structures per second": (f"max by (run, stage, trial) ({speed})", PER_SECOND),
                 },
                 span=12,
             ),

@@ -47,15 +47,15 @@ def _now() -> list[AnyPanel]:
     return [
         figure("Power", "All devices of the chosen hosts.", WATTS, Query(f"sum(wattier:power_watts:sum{HOST})")),
         figure("GPUs", "That answer.", COUNT, Query(f"sum(wattier:devices_up:count{HOST})")),
-        figure("GPUs lost", "That their exporter cannot read any more.", COUNT, Query(f"sum(1 - {lost})")),
-        figure("Exporters down", "Hosts whose exporter does not answer.", COUNT, Query(f"sum(1 - {up})")),
+        figure("GPUs lost", "That their exporter cannot read any more.", COUNT, Query(f"sum(1 - {lost})"), bad=1.0),
+        figure("Exporters down", "Hosts whose exporter does not answer.", COUNT, Query(f"sum(1 - {up})"), bad=1.0),
         figure(
             "Idle watts wasted now",
             "Power of GPUs that belong to a trial and do nothing.",
             WATTS,
             Query(f"sum(wattier:idle_allocated_watts:sum{HOST})"),
         ),
-        figure("Failed readings", "Since the exporters started.", COUNT, Query(f"sum({errors})")),
+        figure("Failed readings", "Since the exporters started.", COUNT, Query(f"sum({errors})"), bad=1.0),
     ]
 
 
@@ -113,9 +113,9 @@ def _trouble() -> list[AnyPanel]:
             "Throttled GPUs by reason",
             "How many a reason holds down. A power cap under full load is how a GPU is meant to work.",
             COUNT,
+            Query(f"sum(wattier:throttled:any{HOST})", "any reason"),
             Query(f"sum by (reason) (wattier:throttled:count{HOST})", "{{reason}}"),
             axis="GPUs",
-            stacked=True,
         ),
         curves(
             "Time throttled",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard as grafana
+from grafana_foundation_sdk.models.dashboard import VariableOption
 
 from boards.layout import TO_TRIAL, dashboard, variables
 from boards.panels import BYTES, EACH, JOULES, PER_SECOND, RATIO, WATTS, AnyPanel, Query, bars, curves, linked, rows
@@ -76,5 +77,6 @@ def _panels() -> list[AnyPanel]:
 def build() -> grafana.Dashboard:
     """The dashboard; it opens on the stage that `wattier bench power` writes."""
     choices = variables("run", "stage")
-    about = "Power of models of several sizes side by side; choose the stage `power` of a run of wattier bench power."
+    choices[1].current(VariableOption(selected=True, text=["power"], value=["power"]))
+    about = "Power of models of several sizes side by side; the stage `power` is what wattier bench power trains."
     return dashboard("models", about, choices, {"Sizes": _panels()})

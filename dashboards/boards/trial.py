@@ -100,7 +100,8 @@ def _learning() -> list[AnyPanel]:
 
 
 def _devices() -> list[AnyPanel]:
-    held = f"max by (reason, instance, uuid) ({devices('wattier_throttled')})"
+    held = devices("wattier_throttled")
+    by_reason = devices('wattier_throttled{reason!="none"}')
     panels: list[AnyPanel] = [
         linked(
             curves(
@@ -151,8 +152,9 @@ def _devices() -> list[AnyPanel]:
         *panels,
         time_line(
             "Throttling by reason",
-            "Red while a reason holds the clock down. A power cap under full load is how a device is meant to work.",
-            Query(held, "{{reason}} {{instance}} {{uuid}}"),
+            "Red while it holds the clock of any of its devices down. A power cap at full load is no fault.",
+            Query(f"max({held})", "any reason"),
+            Query(f"max by (reason) ({by_reason})", "{{reason}}"),
         ),
         rows(
             "Ranks and devices",

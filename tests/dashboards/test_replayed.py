@@ -351,7 +351,7 @@ class TestAlerts:
         assert lost["labels"]["uuid"] == LOST
         (failed,) = alerts["WattierReadErrors"]["alerts"]
         assert failed["labels"]["uuid"] == LOST
-        for name in ("WattierExporterDown", "WattierTrialStalled", "WattierCounterImplausible"):
+        for name in ("WattierExporterDown", "WattierGpuMissing", "WattierTrialStalled", "WattierCounterImplausible"):
             assert alerts[name]["state"] == "inactive", alerts[name]
 
     def test_budget_was_nearly_spent_before(self, played):
