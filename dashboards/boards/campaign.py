@@ -115,6 +115,7 @@ def _trials() -> list[AnyPanel]:
                 "best loss": (campaign("best_val_loss", "stage"), NUMBER),
                 "hypervolume": (campaign("hypervolume", "stage"), NUMBER),
             },
+            height=7,
         ),
         curves(
             "Best loss by stage",
@@ -188,7 +189,7 @@ def _energy() -> list[AnyPanel]:
                 "Energy by trial",
                 "The 30 largest: last value of each trial's meter in the time range, trials that ended included.",
                 JOULES,
-                Query(f"topk(30, {by_trial})", "{{stage}} {{trial}}"),
+                Query(f"topk(30, {by_trial})", "{{trial}} {{stage}}"),
             ),
             TO_TRIAL,
             TO_REPORT,
@@ -234,9 +235,9 @@ def _speed() -> list[AnyPanel]:
                 "Epoch, loss, energy and speed of each trial that runs now. Empty while none does.",
                 {
                     "epoch": (f"max by (run, stage, trial) (wattier_trial_epoch{{{CHOSEN}}})", COUNT),
-                    "validation loss": (f"max by (run, stage, trial) (wattier_trial_val_loss{{{CHOSEN}}})", NUMBER),
+                    "loss": (f"max by (run, stage, trial) (wattier_trial_val_loss{{{CHOSEN}}})", NUMBER),
                     "energy": (f"max by (run, stage, trial) (wattier:trial_energy_joules:last{{{CHOSEN}}})", JOULES),
-                    "structures per second": (f"max by (run, stage, trial) ({speed})", PER_SECOND),
+                    "structures/s": (f"max by (run, stage, trial) ({speed})", COUNT),
                 },
                 span=12,
             ),

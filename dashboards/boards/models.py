@@ -6,7 +6,22 @@ from grafana_foundation_sdk.builders import dashboard as grafana
 from grafana_foundation_sdk.models.dashboard import VariableOption
 
 from boards.layout import TO_TRIAL, dashboard, variables
-from boards.panels import BYTES, EACH, JOULES, PER_SECOND, RATIO, WATTS, AnyPanel, Query, bars, curves, linked, rows
+from boards.panels import (
+    BYTES,
+    COUNT,
+    EACH,
+    JOULES,
+    NUMBER,
+    PER_SECOND,
+    RATIO,
+    WATTS,
+    AnyPanel,
+    Query,
+    bars,
+    curves,
+    linked,
+    rows,
+)
 
 CHOSEN = '{run=~"$run", stage=~"$stage"}'
 SIZE = "{{run}} {{trial}}"
@@ -66,8 +81,8 @@ def _panels() -> list[AnyPanel]:
             {
                 "energy": (f"sum by (run, stage, trial) (max by (run, stage, trial, rank) ({joules}))", JOULES),
                 "mean power": (f"avg_over_time({WATTS_OF}[$__range])", WATTS),
-                "mean speed": (f"avg_over_time({SPEED_OF}[$__range])", PER_SECOND),
-                "per structure": (each, EACH),
+                "structures/s": (f"avg_over_time({SPEED_OF}[$__range])", COUNT),
+                "J/structure": (each, NUMBER),
             },
             span=12,
         ),

@@ -156,9 +156,11 @@ def bars(title: str, description: str, unit: str, query: Query) -> bargauge.Pane
     return panel.with_target(target(query, 0, instant=True))
 
 
-def rows(title: str, description: str, columns: dict[str, tuple[str, str]], *, span: int = 24) -> table.Panel:
+def rows(
+    title: str, description: str, columns: dict[str, tuple[str, str]], *, span: int = 24, height: int = 10
+) -> table.Panel:
     """A line for each set of labels; columns: name -> (expression, unit)."""
-    panel = dressed(table.Panel(), title, description, COUNT).span(span).height(10).min_width(70).no_value("none")
+    panel = dressed(table.Panel(), title, description, COUNT).span(span).height(height).min_width(70).no_value("none")
     for index, (name, (expr, unit)) in enumerate(columns.items()):
         panel.with_target(target(Query(expr), index, instant=True).format(PromQueryFormat.TABLE))
         panel.override_by_name(name, [_property("unit", unit)])
@@ -182,7 +184,7 @@ def scatter(title: str, description: str, x: tuple[str, Query, str], y: tuple[st
     for index, (_, query, _) in enumerate((x, y)):
         panel.with_target(target(query, index, instant=True).format(PromQueryFormat.TABLE))
     panel.with_transformation(DataTransformerConfig(id_val="merge", options={}))
-    fields = {"fields": ["stage"], "keepFields": True}
+    fields = {"fields": ["stage"], "keepFields": True, "naming": {"asLabels": True}}
     panel.with_transformation(DataTransformerConfig(id_val="partitionByValues", options=fields))
     named = [_property("displayName", "${__field.labels.stage}")]
     return _axes(panel, ("Value #A", *x[::2]), ("Value #B", *y[::2]), named)
@@ -223,6 +225,7 @@ def heat_map(title: str, description: str, unit: str, query: Query, *, axis: str
     """Counts over time, one series for each row."""
     panel = dressed(heatmap.Panel(), title, description, COUNT).span(24).height(10)
     panel.calculate(False).rows_frame(heatmap.RowsHeatmapOptions().layout(HeatmapCellLayout.LE).value("GPUs"))
+    panel.filter_values(heatmap.FilterValueRange().le(0.5))  # no colour where no GPU is
     panel.y_axis(heatmap.YAxisConfig().unit(unit).axis_label(axis)).cell_gap(1)
     panel.color(heatmap.HeatmapColorOptions().mode(heat.HeatmapColorMode.SCHEME).scheme("Oranges").steps(64))
     panel.show_legend().mode(TooltipDisplayMode.SINGLE).show_y_histogram()
