@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from typing import ClassVar
 
 import pytest
@@ -247,6 +248,15 @@ class TestCompose:
         for service in services.values():
             for volume in service["volumes"]:
                 assert (FOLDER / volume.split(":")[0]).exists(), volume
+
+    def test_the_exporter_has_all_that_the_telemetry_needs(self):
+        project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
+        needed = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in project["dependencies"]}
+        services = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
+        line = re.search(r"pip install (.+)", services["exporter"]["build"]["dockerfile_inline"])[1]
+        pinned = {word.replace("-", "_") for word in line.split() if "==" in word}
+        assert {word.partition("==")[0] for word in pinned} == needed
+        assert pinned <= set((FOLDER.parent / "constraints.txt").read_text().splitlines())
 
     def test_docker_compose_reads_it(self):
         """Where there is one of version 2, which knows `dockerfile_inline`. The schema is held to in any case."""

@@ -96,9 +96,9 @@ class Campaigns:
             self._looked_at = time.monotonic()
             with contextlib.suppress(OSError):
                 self._scan()
-            living = tuple(campaign for _, (_, campaign) in sorted(self._files.items()) if campaign is not None)
-            if living != self._living:
-                self._living = living[:MOST_CAMPAIGNS]
+            found = [campaign for _, (_, campaign) in sorted(self._files.items()) if campaign is not None]
+            if (living := tuple(found[:MOST_CAMPAIGNS])) != self._living:
+                self._living = living
             return self._living
 
     def _scan(self) -> None:
