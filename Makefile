@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 SOURCES := platform telemetry gnn dashboards tests
 
-.PHONY: help setup setup-dev setup-bench quickstart check test dashboards bench clean
+.PHONY: help setup setup-dev setup-bench quickstart check test dashboards demo bench clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +23,7 @@ quickstart: setup ## run the whole funnel on the sample corpus, into runs/quicks
 check: setup-dev ## lint, types, import layers
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy platform/wattier telemetry/wattier_telemetry gnn/wattier_gnn dashboards/build.py
+	$(BIN)/mypy platform/wattier telemetry/wattier_telemetry gnn/wattier_gnn dashboards/build.py dashboards/demo.py
 	$(BIN)/lint-imports
 
 test: check ## everything that must hold: check, then all tests
@@ -31,6 +31,9 @@ test: check ## everything that must hold: check, then all tests
 
 dashboards: setup-dev ## regenerate the Grafana dashboards
 	$(BIN)/python dashboards/build.py
+
+demo: setup-dev ## a replayed campaign under a real Prometheus: no GPU, no Docker
+	@$(BIN)/python dashboards/demo.py
 
 setup-bench: setup-dev ## the same, with the searches that ours is held against
 	@$(PYTHON) .ci/setup.py bench "$(TORCH_INDEX)"

@@ -133,7 +133,12 @@ OnResult = Callable[[TrialResult], None]
 
 
 class Launcher(Protocol):
-    """Runs the trials of a stage until the policy has no more; every result reaches `on_result` once."""
+    """Runs the trials of a stage until the policy has no more; every result reaches `on_result` once.
+
+    dashboard_url: where a person can watch its processes; None = nowhere, or not yet.
+    """
+
+    dashboard_url: str | None
 
     def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
         """Block until the stage is finished.
@@ -152,6 +157,8 @@ class InlineLauncher:
     It narrows no process's view of the devices: on a machine with several GPUs each rank is billed all of them. What a
     trial prints goes where this process prints, and a trial that hangs, or kills its process, takes it along.
     """
+
+    dashboard_url: str | None = None
 
     def __init__(self) -> None:
         self._exporters = NodeExporters(ThisNode())

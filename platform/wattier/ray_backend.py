@@ -38,13 +38,14 @@ class RayLauncher:
         self._cluster = contextlib.ExitStack()
         self._exporters = NodeExporters(_RayNodes())
         self._started = False
+        self.dashboard_url: str | None = None
 
     def run(self, stage: Stage, policy: Policy, run_trial: RunTrial, on_result: OnResult) -> None:
         """See `Launcher.run`."""
         if runs_here(stage.config):
             check_local_resources(stage)
         if not self._started:
-            self._cluster.enter_context(cluster(stage.config.resources))
+            self.dashboard_url = self._cluster.enter_context(cluster(stage.config.resources))
             self._cluster.callback(self._exporters.close)
             self._started = True
         check_cluster_resources(stage)

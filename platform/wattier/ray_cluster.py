@@ -48,8 +48,8 @@ def _token() -> str:
 
 
 @contextmanager
-def cluster(resources: ResourcesSection) -> Iterator[None]:
-    """Connect to Ray for the length of the block; a private cluster ends with it.
+def cluster(resources: ResourcesSection) -> Iterator[str | None]:
+    """Connect to Ray for the length of the block; a private cluster ends with it. Yields the URL of Ray's dashboard.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -80,7 +80,7 @@ def cluster(resources: ResourcesSection) -> Iterator[None]:
 
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
+            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
         except ConnectionError as error:
             raise UserError(
                 f"resources.address: no Ray cluster answers at {options['address']!r} ({error}). "
@@ -92,7 +92,8 @@ def cluster(resources: ResourcesSection) -> Iterator[None]:
                 logging.getLogger(name).setLevel(logging.CRITICAL)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts in one that skips our clean-up
-        yield
+        address = getattr(context, "dashboard_url", None)
+        yield f"http://{address}" if address else None
 
 
 def scratch_folder(name: str) -> Path:

@@ -11,6 +11,7 @@ import torch
 
 from wattier.checkpoints import remove_needless
 from wattier.choices import choices_of
+from wattier.campaign import campaign_shown
 from wattier.config import RunConfig
 from wattier.costs import costs_of, fidelity_of, refuse_small_budget
 from wattier.departure import LeaveNote, NotFinishedError
@@ -19,6 +20,7 @@ from wattier.evaluate import evaluate_run, still_holds
 from wattier.fulltrain import train_members, trained_members, untrained
 from wattier.funnel import is_over, run_search, stage_end
 from wattier.launch import InlineLauncher, Launcher, Stage, check_local_resources, runs_here
+from wattier.ledger import FULL_PHASE
 from wattier.metering import check_source, metered
 from wattier.mirror import Mirror
 from wattier.objectives import Converge, Objectives
@@ -63,7 +65,8 @@ def search(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listene
     if all(is_over(run, config, stage) for stage in config.search.stages):
         return
     _check_stages(run, config)
-    store = prepare_data(run, config, listener) if config.trial is None else None
+    with campaign_shown(run, config, "data"):
+        store = prepare_data(run, config, listener) if config.trial is None else None
     run_funnel(run, config, launcher, trial_of(config), store, listener)
 
 
@@ -91,7 +94,8 @@ def run_funnel(  # noqa: PLR0913, PLR0917  (what runs, on what, and who hears of
     priors = kept_priors(run, config)
     for line in describe(priors):
         listener.say(line)
-    with closing(Mirror(run, config)) as mirror:
+    shown = campaign_shown(run, config, "search", costs=costs, ray_dashboard=lambda: launcher.dashboard_url)
+    with closing(Mirror(run, config)) as mirror, shown:
         run_search(
             run, config, launcher, train_one, tell, costs=costs, objectives=objectives, n_training=n_training,
             priors=priors.trials, mirror=mirror,
@@ -152,7 +156,8 @@ def train(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener
         return members
     listener.phase("full training")
     costs = costs_of(run, config, Store(run.store_path))
-    with closing(Mirror(run, config)) as mirror:
+    shown = campaign_shown(run, config, FULL_PHASE, ray_dashboard=lambda: launcher.dashboard_url)
+    with closing(Mirror(run, config)) as mirror, shown:
         members = train_members(run, config, launcher, run_trial, tell, costs, mirror)
     if missing := totals[FULL_STAGE] - len(members):
         listener.say(f"warning: {missing} of {totals[FULL_STAGE]} picks failed to train and are no members; see above")
@@ -180,7 +185,8 @@ def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
         raise NotFinishedError(reason)
     listener.phase("evaluation")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    with metered(run.phase_folder("evaluation"), "driver", config.telemetry, on_gpu=device.type == "cuda"):
+    meter = metered(run.phase_folder("evaluation"), "driver", config.telemetry, on_gpu=device.type == "cuda")
+    with campaign_shown(run, config, "evaluation"), meter:
         evaluate_run(run, config, members, device, listener.say)
 
 

@@ -71,15 +71,9 @@ class TrialRegistration:
     def write(self, folder: Path | None = None) -> Path:
         """Put the registration in place of the one before, atomically."""
         path = self.path(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # A diverged loss is NaN, which JSON does not have; and a live panel is no reason to stop a trial.
         data = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(data, file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, json.dumps(data, allow_nan=False))
         return path
 
     def withdraw(self, folder: Path | None = None) -> None:
@@ -126,22 +120,42 @@ def read_registrations(folder: Path | None = None) -> list[TrialRegistration]:
 
 
 def load_registration(path: Path) -> TrialRegistration:
-    """Read one file, which may be anybody's: a pipe is not waited for, a link not followed, nothing huge read.
+    """Read one file, which may be anybody's.
 
     Raises:
         OSError: If it cannot be read.
         TypeError, ValueError: If it is no registration.
+    """
+    try:
+        return parse_registration(json.loads(read_small_file(path)))
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: is no registration") from error
+
+
+def read_small_file(path: Path) -> bytes:
+    """Read a file that may be anybody's: a pipe is not waited for, a link not followed, nothing huge read.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no file, or huge.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
             raise ValueError(f"{path}: is no file, or larger than {MOST_BYTES} bytes")
-        text = file.read(MOST_BYTES)
-    try:
-        return parse_registration(json.loads(text))
-    except (RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: is no registration") from error
+        return file.read(MOST_BYTES)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def is_alive(pid: int, written_seconds: float) -> bool:

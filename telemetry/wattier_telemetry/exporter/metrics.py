@@ -326,11 +326,11 @@ def push_metrics() -> tuple[Metric, ...]:
 
 def document() -> str:
     """Return docs/metrics.md."""
-    from wattier_telemetry.exporter import omnistat
+    from wattier_telemetry.exporter import campaigns, omnistat
 
     parts = [_HEAD]
     own = (("Devices", DEVICES), ("Trials", TRIALS), ("The exporter itself", EXPORTER))
-    sections = (*own, ("Pushing (with `--push`)", push_metrics()))
+    sections = (*own, (_CAMPAIGN, campaigns.CAMPAIGN), ("Pushing (with `--push`)", push_metrics()))
     for title, metrics in sections:
         parts.append(f"\n## {title}\n\n{_rows(metrics)}")
     parts.append(f"\n## Omnistat's names\n\n{omnistat.HEAD}\n\n{_rows(omnistat.METRICS)}\n{omnistat.NOT_EXPOSED}")
@@ -349,6 +349,14 @@ At most 1,000 pairs of trial rank and device are shown.
 The bill of a trial is in its run directory. These series are for pictures and for cross-checks: take differences of raw
 values (`max_over_time - min_over_time`), never `increase()` or `rate()` of joules, which extrapolate.
 """
+
+
+_CAMPAIGN = """Campaigns
+
+What only the driver of a search knows. It writes one file in the folder where trials register, about once a second, and
+the exporter on its node shows these series as long as the driver lives. Where several exporters of a node read one
+folder, each does, so take `max by (run, ...)`. A campaign has at most 2,000 series of trials that ended (the newest
+1,000), and some 20 a stage; at most 10 campaigns a node are shown."""
 
 
 def _rows(metrics: Iterable[Metric]) -> str:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wattier_telemetry.account import Account
+from wattier_telemetry.campaign import CampaignRegistration
 from wattier_telemetry.exporter.attribution import MICRO, Key, Part
+from wattier_telemetry.exporter.campaigns import Campaigns
 from wattier_telemetry.exporter.lane import Lane, Look
 from wattier_telemetry.exporter.metrics import Point, Sink
 from wattier_telemetry.exporter.series import Ended, Node, View, WattierView
@@ -68,6 +70,8 @@ class Sampler:
         self._lock = threading.RLock()
         self._sampled = threading.Condition(self._lock)
         self._roster = Roster(registry)
+        self._campaign_roster = Campaigns(registry)
+        self._campaigns: tuple[CampaignRegistration, ...] = ()
         self._trials: dict[Key, TrialRegistration] = {}
         self._first_seen: dict[Key, float] = {}
         self._ending: dict[Key, TrialRegistration] = {}
@@ -176,6 +180,7 @@ class Sampler:
             offset_seconds=self._offset_seconds(),
             not_shown=self._roster.not_shown,
             state_errors=self._state.errors if self._state is not None else 0,
+            campaigns=self._campaigns,
         )
         return node, self._ended_count
 
@@ -227,8 +232,11 @@ class Sampler:
 
     def _see_trials(self) -> None:
         """Look who came and who went; a change is followed by a reading at once, so that the bill is cut there."""
-        living = self._roster.refresh()
+        living, campaigns = self._roster.refresh(), self._campaign_roster.refresh()
         with self._lock:
+            if campaigns is not self._campaigns:
+                self._campaigns = campaigns
+                self.generation += 1
             if living is self._trials:
                 return
             gone = {key: trial for key, trial in self._trials.items() if key not in living}

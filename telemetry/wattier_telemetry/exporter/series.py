@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import NamedTuple, Protocol
 
+from wattier_telemetry.campaign import CampaignRegistration
 from wattier_telemetry.exporter.attribution import MICRO, Key
+from wattier_telemetry.exporter.campaigns import CAMPAIGN, campaign_points
 from wattier_telemetry.exporter.metrics import (
     ENERGY,
     METRICS,
@@ -60,6 +62,7 @@ class Node(NamedTuple):
     offset_seconds: float
     not_shown: int
     state_errors: int
+    campaigns: Sequence[CampaignRegistration] = ()
 
 
 class View(Protocol):
@@ -77,7 +80,7 @@ class View(Protocol):
 class WattierView:
     """Wattier's own names."""
 
-    metrics: Sequence[Metric] = METRICS
+    metrics: Sequence[Metric] = (*METRICS, *CAMPAIGN)
 
     def devices(self, watches: Iterable[Watched], node: Node) -> Iterator[Point]:
         """Yield what is said of these devices, and each trial's share of them."""
@@ -90,12 +93,14 @@ class WattierView:
                 yield from _shares(watched, node)
 
     def common(self, node: Node) -> Iterator[Point]:
-        """Yield trials and the exporter itself."""
+        """Yield trials, campaigns and the exporter itself."""
         for key, trial in node.trials.items():
             yield from _trial(key, trial)
         for ended in node.ended:
             for uuid, joules in ended.joules.items():
                 yield Point(TRIAL_ENERGY, (*trial_labels(ended.key), ("uuid", label(uuid))), joules)
+        for campaign in node.campaigns:
+            yield from campaign_points(campaign)
         yield from _exporter(node)
 
 
