@@ -132,7 +132,7 @@ def joules_figure(results: Sequence[SizePower]) -> go.Figure:
         )
     )
     figure.update_layout(template=TEMPLATE, title_text="Energy of a structure", height=380, showlegend=False)
-    figure.update_yaxes(title_text="energy of a structure (J)", type="log")
+    figure.update_yaxes(title_text="energy of a structure (J)", type="log", dtick=1)
     return figure
 
 
