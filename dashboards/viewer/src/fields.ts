@@ -1,13 +1,37 @@
 // Grafana's own transformations and field options, without Grafana: its registries are filled here.
 import {
-  applyFieldOverrides, DataFrame, FieldConfigOptionsRegistry, GrafanaTheme2, dataLinksOverrideProcessor,
+  applyFieldOverrides, DataFrame, dataLinksOverrideProcessor, Field, FieldConfigOptionsRegistry, FieldType, getFieldDisplayName, GrafanaTheme2,
   displayNameOverrideProcessor, identityOverrideProcessor, numberOverrideProcessor, standardTransformers,
   standardTransformersRegistry, thresholdsOverrideProcessor, transformDataFrame, unitOverrideProcessor,
   valueMappingsOverrideProcessor,
 } from "@grafana/data";
-import { lastValueFrom } from "rxjs";
+import { lastValueFrom, map } from "rxjs";
 
-const byId = new Map(Object.values(standardTransformers).map((transformation: any) => [transformation.id, transformation])); // some have two names
+/** Grafana keeps this one outside of @grafana/data: a frame for each combination of values of some fields. */
+const partitionByValues = {
+  id: "partitionByValues", name: "Partition by values", defaultOptions: {},
+  operator: ({ fields = [], keepFields = false, naming = { asLabels: true } }: any) => map((frames: DataFrame[]) => frames.flatMap((frame) => {
+    const keys = fields.map((name: string) => frame.fields.find((field) => getFieldDisplayName(field, frame) === name)).filter(Boolean);
+    if (!keys.length) return [frame];
+    const rows = new Map<string, number[]>();
+    for (let row = 0; row < frame.length; row++) {
+      const key = JSON.stringify(keys.map((field: Field) => field.values[row]));
+      rows.set(key, [...(rows.get(key) ?? []), row]);
+    }
+    return [...rows.values()].map((chosen): DataFrame => {
+      const labels = Object.fromEntries(keys.map((field: Field) => [field.name, String(field.values[chosen[0]])]));
+      const kept = frame.fields.filter((field) => keepFields || !keys.includes(field));
+      return {
+        ...frame, length: chosen.length, name: naming.asLabels === false ? Object.values(labels).join(" ") : frame.name,
+        fields: kept.map((field) => ({
+          ...field, state: undefined, values: chosen.map((row) => field.values[row]),
+          labels: naming.asLabels === false ? field.labels : { ...field.labels, ...labels },
+        })),
+      };
+    });
+  })),
+};
+const byId = new Map([...Object.values(standardTransformers), partitionByValues].map((one: any) => [one.id, one])); // some have two names
 standardTransformersRegistry.setInit(() =>
   [...byId.values()].map((transformation: any) => ({ id: transformation.id, name: transformation.name, transformation, editor: () => null })) as any
 );
@@ -26,7 +50,8 @@ function registryFor(fieldConfig: any): FieldConfigOptionsRegistry {
     for (const { id } of properties) if (id.startsWith("custom.")) custom.add(id.slice("custom.".length));
   }
   const item = (id: string, path: string, process: any, isCustom: boolean) => ({
-    id, path, name: id, process, isCustom, editor: () => null, override: () => null, settings: {}, shouldApply: () => true,
+    id, path, name: id, process, isCustom, editor: () => null, override: () => null, settings: {},
+    shouldApply: (field: Field) => path !== "axisLabel" || (field.type !== FieldType.time && field.type !== FieldType.string), // as Grafana has it
   });
   return new FieldConfigOptionsRegistry(() => [
     ...Object.entries(PROCESSORS).map(([id, process]) => item(id, id, process, false)),

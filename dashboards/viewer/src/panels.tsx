@@ -63,7 +63,8 @@ export function BarGaugePanel(drawn: Drawn) {
     <div style={{ width, height, overflow: "hidden" }}>
       <VizRepeater
         source={values} getValues={() => values} width={width} height={height} renderCounter={0} orientation={orientation}
-        minVizHeight={16} maxVizHeight={options.maxVizHeight ?? 300} itemSpacing={6}
+        minVizHeight={options.sizing === "manual" ? options.minVizHeight ?? 16 : 16} itemSpacing={6}
+        maxVizHeight={options.sizing === "manual" ? options.maxVizHeight ?? 300 : 300}
         renderValue={({ value, width, height, orientation }: any) => (
           <BarGauge
             value={value.display} field={value.field} width={width} height={height} orientation={orientation} theme={theme}
