@@ -39,8 +39,7 @@ HERE = Path(__file__).parent
 INTERVALS = (15, 10, 5, 3, 2, 1)
 PAGES, HELD = 4, 0.99  # of one node; share of the scrapes that must have come
 CONFIG = """
-global: {{scrape_interval: {interval}s, scrape_timeout: {timeout}s, evaluation_interval: 15s}}
-{rules}
+global: {{scrape_interval: {interval}s, scrape_timeout: {timeout}s{rules}
 scrape_configs:
   - job_name: wattier
     file_sd_configs: [{{files: ["{targets}"]}}]
@@ -73,7 +72,7 @@ class Server:
             interval=interval,
             timeout=min(interval, 10),
             targets=self.targets,
-            rules=f"rule_files: [{rules}]" if rules else "",
+            rules=f", evaluation_interval: 15s}}\nrule_files: [{rules}]" if rules else "}",
         )
         self.config.write_text(text)
 

@@ -152,7 +152,8 @@ def _row(result: SizePower) -> tuple[str, ...]:
     need = format_bytes(result.needed_bytes)
     if result.status == "does_not_fit":
         free = UNKNOWN if result.available_bytes is None else format_bytes(result.available_bytes)
-        return (*head, "", "", "", "", "", need, "", "", f"does not fit: {free} were free")
+        why = f"does not fit: {result.reason or f'{free} were free'}"
+        return (*head, "", "", "", "", "", need, "", "", why)
     return (
         *head,
         _number(result.mean_watts),

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from wattier.bench_records import SizePower, in_words
-from wattier.bench_training import MemoryNeed, Progress, SizeTraining
+from wattier.bench_training import PARAMETER_BYTES, MemoryNeed, Progress, SizeTraining
 from wattier.config import DataSection, TelemetrySection
 from wattier.errors import UserError
 from wattier.metering import check_source, metered
 from wattier.model_sizes import Size
+from wattier.outcome import reason_of
 from wattier.peak_memory import peak_memory_bytes, reset_peak_memory
 from wattier.prepare import recipe_of, source_paths
 from wattier.rundir import decode, hold_lock, read_json, sweep_temporary_files, write_json
@@ -124,14 +125,31 @@ def _measured(plan: PowerPlan, name: str, size: Size, store: Path, say: Callable
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     reset_peak_memory(device)
+    figures: dict[str, Any] = {}
     with SizeTraining(size, store, plan.batch_structures, device) as training:
-        need = training.memory_need()
-        figures: dict[str, Any] = {}
-        if need.fits:
-            say(f"{name}: {training.n_parameters:,} parameters, trains for {plan.seconds:g} s")
-            training.prepare()
-            figures = _trained(plan, name, folder, training)
-    result = _result(plan, name, size, training, need, started_at, figures)
+        need, reason = MemoryNeed(PARAMETER_BYTES * training.n_parameters, None, None), None
+        try:
+            need = training.memory_need()
+            if need.fits:
+                say(f"{name}: {training.n_parameters:,} parameters, trains for {plan.seconds:g} s")
+                training.prepare()
+                figures = _trained(plan, name, folder, training)
+        except (RuntimeError, MemoryError) as error:  # what was foretold is an estimate
+            reason = reason_of(error)
+            if "out of memory" not in reason.lower():
+                raise
+    result = SizePower(
+        name=name,
+        status="measured" if figures else "does_not_fit",
+        n_parameters=training.n_parameters,
+        settings=_settings(plan, size),
+        hardware=hardware(device),
+        started_at=started_at,
+        needed_bytes=need.needed_bytes,
+        available_bytes=need.available_bytes,
+        reason=reason,
+        **figures,
+    )
     write_json(folder / "result.json", result.to_dict())
     return result
 
@@ -145,6 +163,7 @@ def _trained(plan: PowerPlan, name: str, folder: Path, training: SizeTraining) -
         _registered(name, source) as tell,
     ):
         done = training.run(plan.seconds, lambda progress: tell(progress, meter.so_far))
+        meter.close()  # before the trace's end is waited for
     report = meter.report
     return {
         **{field.name: getattr(done, field.name) for field in fields(Progress)},
@@ -157,28 +176,6 @@ def _trained(plan: PowerPlan, name: str, folder: Path, training: SizeTraining) -
         "peak_memory_bytes": peak_memory_bytes(training.device),
         "warnings": report.warnings,
     }
-
-
-def _result(  # noqa: PLR0913, PLR0917  (they come from different places)
-    plan: PowerPlan,
-    name: str,
-    size: Size,
-    training: SizeTraining,
-    need: MemoryNeed,
-    started_at: str,
-    figures: Mapping[str, Any],
-) -> SizePower:
-    return SizePower(
-        name=name,
-        status="measured" if figures else "does_not_fit",
-        n_parameters=training.n_parameters,
-        settings=_settings(plan, size),
-        hardware=hardware(training.device),
-        started_at=started_at,
-        needed_bytes=need.needed_bytes,
-        available_bytes=need.available_bytes,
-        **figures,
-    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ class SizePower:
 
     seconds, joules (with the bounds that the meter states) and counts are of whole steps after the first one, which
     loads kernels. peak_memory_bytes: as `peak_memory.peak_memory_bytes` tells it. needed_bytes: what was foretold.
+    reason: how it ran out of memory, though it was foretold to fit.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SizePower:
     coverage_ratio: float | None = None
     peak_memory_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    reason: str | None = None
 
     @property
     def mean_watts(self) -> float | None:
@@ -78,6 +80,8 @@ def in_words(result: SizePower) -> str:
     """A size in one line."""
     head = f"{result.name}: {result.n_parameters:,} parameters"
     if result.status == "does_not_fit":
+        if result.reason is not None:
+            return f"{head}, does not fit: {result.reason}"
         free = (result.available_bytes or 0) / 2**30
         return f"{head}, does not fit: needs about {result.needed_bytes / 2**30:.1f} GiB, {free:.1f} GiB are free"
     peak = "unknown" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 2**30:.2f} GiB"
@@ -85,7 +89,8 @@ def in_words(result: SizePower) -> str:
     low, best, high = result.joules_per_structure
     if best is None:
         return f"{head}, {speed}, peak memory {peak}; its energy is unknown"
-    bounds = f" ({low:.4g} to {high:.4g})" if low is not None and high is not None and high > low else ""
+    between = (f"{bound:.4g}" for bound in (low, high) if bound is not None)
+    bounds = f" ({' to '.join(dict.fromkeys(between))})"
     return (
         f"{head}, {result.mean_watts or 0:.4g} W, {best:.4g} J a structure{bounds}, {speed}, peak memory {peak}; "
         f"{result.method}, {result.seconds or 0:.1f} s, {result.steps} steps"

@@ -182,6 +182,21 @@ def test_a_size_that_does_not_fit_is_a_row(plan, tmp_path, monkeypatch) -> None:
     assert again.status == "measured"
 
 
+@pytest.mark.parametrize("where", ["prepare", "run"])
+def test_memory_that_runs_out_all_the_same_is_a_row_too(plan, monkeypatch, where: str) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SizeTraining, where, fails)
+        (tiny, ours) = measure_sizes(plan({"TINY": TINY, "OURS": OURS}), quiet)
+    assert (tiny.status, ours.status) == ("does_not_fit", "does_not_fit")
+    assert "does not fit: OutOfMemoryError: CUDA out of memory" in bench_power.in_words(tiny)
+    monkeypatch.setattr(SizeTraining, where, lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        measure_sizes(plan(), quiet)
+
+
 class TwoLayers(nn.Module):
     """Keeps its input (4 a row) and one hidden layer (h a row), each once."""
 
