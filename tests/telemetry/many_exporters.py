@@ -1,8 +1,9 @@
 """Many exporters in one process: python many_exporters.py PAGES NODES. Prints its port; ends when stdin does.
 
 PAGES is a JSON file {"pages": [text, ...], "uuids": [text, ...]} of one real exporter, read at several moments. Node i
-answers ``/node/i`` with these pages in turn, each with device uuids of its own, packed once at the start: what a
-scraper costs is measured beside a process that costs little. ``/count`` tells how many pages were given.
+answers ``/node/i`` with these pages in turn, with device uuids and ranks of its own and one trial for every 128 nodes.
+They are packed once at the start: what a scraper costs is measured beside a process that costs little. ``/count`` tells
+how many pages were given.
 """
 
 from __future__ import annotations
@@ -20,13 +21,23 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4; charset=utf
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 
 
+NODES_OF_A_TRIAL = 128
+TRIAL_RANK = re.compile(r'trial="[^"]*",rank="(\d+)"')
+
+
 def answers_of(pages: list[str], uuids: list[str], node: int) -> list[bytes]:
     """A node's answers, whole and packed."""
+    trial, place_of_node = divmod(node, NODES_OF_A_TRIAL)
+
+    def renamed(found: re.Match[str]) -> str:
+        return f'trial="final-{trial:03}",rank="{place_of_node * len(uuids) + int(found[1])}"'
+
     answers = []
     own = {uuid: f"GPU-{node:08x}-0000-0000-0000-{place:012x}" for place, uuid in enumerate(uuids)}
     known = re.compile("|".join(map(re.escape, uuids)))
     for page in pages:
-        body = gzip.compress(known.sub(lambda found: own[found[0]], page).encode(), compresslevel=1)
+        page_of_node = TRIAL_RANK.sub(renamed, known.sub(lambda found: own[found[0]], page))
+        body = gzip.compress(page_of_node.encode(), compresslevel=1)
         answers.append(HEAD % (b"Content-Encoding: gzip\r\n", len(body)) + body)
     return answers
 
