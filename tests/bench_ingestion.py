@@ -38,6 +38,7 @@ from wattier_telemetry.sources.nvml import NvmlSource
 HERE = Path(__file__).parent
 INTERVALS = (15, 10, 5, 3, 2, 1)
 PAGES, HELD = 4, 0.99  # of one node; share of the scrapes that must have come
+SLOWEST = 6
 CONFIG = """
 global: {{scrape_interval: {interval}s, scrape_timeout: {timeout}s{rules}
 scrape_configs:
@@ -118,11 +119,15 @@ class Server:
             result = json.load(answer)["data"]["result"]
         return float(result[0]["value"][1]) if result else None
 
-    def own(self, metric: str) -> list[float]:
-        """Values of a metric that it shows of itself."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
-        return [float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{metric}[ {{]", line)]
+    def slowest_rules(self) -> list[tuple[str, float]]:
+        """How long its groups of rules and the slowest rules took, s of wall time."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/rules", timeout=30) as answer:
+            groups = json.load(answer)["data"]["groups"]
+        rules = sorted(
+            ((rule["name"], rule["evaluationTime"]) for group in groups for rule in group["rules"]),
+            key=lambda one: -one[1],
+        )
+        return [(f"group {group['name']}", group["evaluationTime"]) for group in groups] + rules[:SLOWEST]
 
 
 def main() -> None:
@@ -209,8 +214,9 @@ def bench(server: Server, process: psutil.Process, port: int, samples: int, opti
             server.write(15, options.rules)
             server.reload()
             measure(server, process, port, samples, 15, options.nodes, "15 s+rules")
-            spent = sum(server.own("prometheus_rule_group_last_duration_seconds"))
-            print(f"rules of {options.rules.name}: {spent:.2f} s a turn, every 15 s")
+            print(f"rules of {options.rules}, every 15 s, wall time of the last turn:")
+            for rule, seconds in server.slowest_rules():
+                print(f"    {seconds:6.2f} s {rule}")
 
 
 def measure(  # one line of the table
