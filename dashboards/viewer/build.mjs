@@ -15,7 +15,7 @@ await build({
   format: "iife",
   jsx: "automatic",
   alias,
-  loader: { ".svg": "text", ".png": "dataurl", ".woff2": "empty", ".ttf": "empty" },
+  loader: { ".svg": "text", ".png": "dataurl", ".woff2": "dataurl", ".woff": "dataurl", ".ttf": "dataurl" },
   define: { "process.env.NODE_ENV": '"production"', global: "window" },
   logLevel: "warning",
 });

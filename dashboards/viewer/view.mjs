@@ -111,8 +111,9 @@ async function photograph(file) {
   if (drawn.error) throw new Error(`${file}: ${drawn.error}`);
   renameSync(fresh, picture);
   const poor = drawn.panels.filter((panel) => panel.empty || panel.error);
-  console.log(`${picture}: ${drawn.panels.length} panels, ${poor.length} empty or broken`);
-  for (const { title, type, error } of poor) console.log(`  ${type} "${title}": ${error ?? "no data"}`);
+  const bad = poor.filter((panel) => panel.error || !panel.says); // one that says "none" means it
+  console.log(`${picture}: ${drawn.panels.length} panels, ${bad.length} without data or broken`);
+  for (const { title, type, error, says } of poor) console.log(`  ${type} "${title}": ${error ?? (says ? `says "${says}"` : "no data")}`);
 }
 
 if (options.out) {

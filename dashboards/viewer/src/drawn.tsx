@@ -119,7 +119,7 @@ export function HeatmapPanel({ panel, frames, theme, width, height }: Drawn) {
   const left = margin(names, 11);
   const w = width - left - RIGHT, h = height - TOP - BOTTOM;
   const x = d3.scaleUtc().domain([times[0], times[times.length - 1] + step]).range([0, w]);
-  const y = d3.scaleBand().domain(names.map((name, i) => `${i}\u0000${name}`)).range([h, 0]).padding(0.03);
+  const y = d3.scaleBand().domain(names.map((name, i) => `${i}\u0000${name}`)).range([h, 0]);
   const every = Math.ceil(names.length / Math.max(1, h / 14));
   return (
     <svg width={width} height={height} style={{ display: "block" }}>

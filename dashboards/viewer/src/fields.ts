@@ -62,7 +62,7 @@ function registryFor(fieldConfig: any): FieldConfigOptionsRegistry {
 const BY_SERIES = ["timeseries", "xychart"]; // where a series has a colour of its own unless the JSON says otherwise
 
 /** Transformed frames with units, colours, thresholds and overrides. */
-export async function dressed(panel: any, frames: DataFrame[], theme: GrafanaTheme2, replace: (text: string) => string) {
+export async function dressed(panel: any, frames: DataFrame[], theme: GrafanaTheme2, replace: (text: string, scoped?: any) => string) {
   const transformed = await lastValueFrom(transformDataFrame(panel.transformations ?? [], frames));
   const fieldConfig = { defaults: {}, overrides: [], ...panel.fieldConfig };
   if (!fieldConfig.defaults.color && BY_SERIES.includes(panel.type)) {

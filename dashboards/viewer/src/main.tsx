@@ -2,6 +2,8 @@
 import { createTheme, DataFrame, dateTime, FieldType, TimeRange } from "@grafana/data";
 import { GlobalStyles, PanelChrome, PortalContainer } from "@grafana/ui";
 import { ThemeContext } from "@grafana/data";
+import "@fontsource/inter/latin-400.css"; // measured texts are cut where a wider font stands in for it
+import "@fontsource/inter/latin-500.css";
 import "uplot/dist/uPlot.min.css";
 import { Component, ReactNode, useEffect } from "react";
 import { createRoot } from "react-dom/client";
@@ -43,11 +45,17 @@ async function place(panel: any, values: Values, settings: Settings, wide: numbe
   if (panel.type === "row") return { panel, frames: [], ...spot };
   try {
     const frames = await framesOf(panel, spot.width, values, settings);
-    return { panel, frames: await dressed(panel, frames, theme, (text) => substitute(text, values)), ...spot };
+    return { panel, frames: await dressed(panel, frames, theme, (text, scoped) => substitute(ofField(text, scoped), values)), ...spot };
   } catch (error) {
     return { panel, frames: [], error: String(error), ...spot };
   }
 }
+
+/** ${__field.labels.x} in the words of the field that is looked at. */
+const ofField = (text: string, scoped?: any) => {
+  const field = scoped?.__dataContext?.value?.field;
+  return field ? text.replace(/\$\{__field\.labels\.(\w+)\}/g, (_, label) => field.labels?.[label] ?? "") : text;
+};
 
 class Guard extends Component<{ title: string; children: ReactNode }, { error?: string }> {
   state: { error?: string } = {};
@@ -105,7 +113,7 @@ async function main() {
   const tell = async () => {
     const panels = placed.filter(({ panel }) => panel.type !== "row").map((spot) => ({
       title: spot.panel.title, type: spot.panel.type, frames: spot.frames.length, rows: Math.max(0, ...spot.frames.map((f) => f.length)),
-      empty: isEmpty(spot), error: spot.error ?? broken[spot.panel.title],
+      empty: isEmpty(spot), says: spot.panel.fieldConfig?.defaults?.noValue, error: spot.error ?? broken[spot.panel.title],
     }));
     await fetch("/drawn", { method: "POST", body: JSON.stringify({ title: dashboard.title, variables: values, panels }) });
     document.title = "drawn";
