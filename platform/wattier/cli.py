@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wattier.bench_cli import bench_app
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
 from wattier.finetune_cli import finetune
 from wattier.predict_cli import predict
@@ -43,6 +44,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at configs: defaults filled in, the schema, model sizes.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 Target = Annotated[
     Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML config, or the run directory that one made.")
@@ -250,19 +252,11 @@ def config_params(config: ConfigPath) -> None:
     """Count the parameters of named model sizes, from the built modules: one line a size."""
     from wattier.config import load_sizes
 
-    sizes = load_sizes(config).sizes
-    import torch
+    sizes = load_sizes(config)
+    from wattier.model_sizes import count_size
 
-    from wattier_gnn.model import count_parameters
-    from wattier_gnn.published import PublishedEGNN, PublishedSizes
-
-    for name, size in sizes.items():
-        published = PublishedSizes(
-            size.hidden_dim, size.n_layers, tuple(size.shared), tuple(size.energy_head), tuple(size.force_head)
-        )
-        with torch.device("meta"):  # shapes without memory
-            module = PublishedEGNN(published)
-        typer.echo(f"{name} {count_parameters(module)}")
+    for name, size in sizes.all_by_name().items():
+        typer.echo(f"{name} {count_size(size)}")
 
 
 def _print_plan(target: Path) -> None:

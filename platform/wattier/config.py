@@ -291,10 +291,26 @@ class ReferenceSize(Section):
     force_head: list[Positive] = Field(min_length=1)
 
 
-class SizesConfig(Section):
-    """Named model sizes, as in ``configs/talk_sizes.yaml``."""
+SizeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]  # a folder's, too
 
-    sizes: dict[str, ReferenceSize] = Field(min_length=1)
+
+class SizesConfig(Section):
+    """Named model sizes, as in ``configs/talk_sizes.yaml``; `models` are sizes of Wattier's own network."""
+
+    sizes: dict[SizeName, ReferenceSize] = Field(default={})
+    models: dict[SizeName, ModelSection] = Field(default={})
+
+    @model_validator(mode="after")
+    def _some_and_told_apart(self) -> Self:
+        if not self.sizes and not self.models:
+            raise ValueError("names no size, but must name one. Add it below sizes or models")
+        if both := sorted(set(self.sizes) & set(self.models)):
+            raise ValueError(f"{both[0]} is in sizes and in models, but a name must be one size. Rename one")
+        return self
+
+    def all_by_name(self) -> dict[str, ReferenceSize | ModelSection]:
+        """All sizes, those of the published network first."""
+        return {**self.sizes, **self.models}
 
 
 SectionT = TypeVar("SectionT", bound=Section)

@@ -50,7 +50,8 @@ def _known_keys(kind: type[BaseModel], location: list[Any]) -> list[str]:
         elif isinstance(part, int):
             node = node.get("items", {})
         else:
-            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+            of_any_name = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
+            node = node.get("properties", {}).get(part) or next(filter(None, of_any_name), {})
         if not isinstance(node, dict):
             return []
     return list(_resolve(schema, node).get("properties", {}))

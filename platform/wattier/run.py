@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch
 
+from wattier.campaign import campaign_shown
 from wattier.checkpoints import remove_needless
 from wattier.choices import choices_of
-from wattier.campaign import campaign_shown
 from wattier.config import RunConfig
 from wattier.costs import costs_of, fidelity_of, refuse_small_budget
 from wattier.departure import LeaveNote, NotFinishedError

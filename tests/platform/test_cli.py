@@ -21,6 +21,7 @@ from wattier_gnn.structure import DataError
 
 REPOSITORY = Path(__file__).parents[2]
 VERBS = [
+    "bench",
     "config",
     "data",
     "doctor",
@@ -40,6 +41,7 @@ VERBS = [
     "verify",
 ]
 CONFIG_VERBS = ["params", "schema", "show"]
+BENCH_VERBS = ["power"]
 DATA_VERBS = ["export", "fetch", "ingest", "stats", "verify"]
 HEAVY = ["torch", "ray", "optuna", "pydantic", "numpy", "h5py", "ase", "plotly"]
 
@@ -144,6 +146,7 @@ class TestHelp:
         assert done.stdout.strip() == "[]"
 
     def test_verbs_are_frozen(self):
+        from wattier.bench_cli import bench_app
         from wattier.cli import app, config_app
         from wattier.data_cli import data_app
 
@@ -154,10 +157,14 @@ class TestHelp:
         assert names(app) == VERBS
         assert names(config_app) == CONFIG_VERBS
         assert names(data_app) == DATA_VERBS
+        assert names(bench_app) == BENCH_VERBS
 
     @pytest.mark.parametrize(
         "verb",
-        [[v] for v in VERBS] + [["config", v] for v in CONFIG_VERBS] + [["data", v] for v in DATA_VERBS],
+        [[v] for v in VERBS]
+        + [["bench", v] for v in BENCH_VERBS]
+        + [["config", v] for v in CONFIG_VERBS]
+        + [["data", v] for v in DATA_VERBS],
         ids=" ".join,
     )
     def test_every_verb_explains_itself(self, verb):
