@@ -12,12 +12,11 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from wattier.bench_records import SizePower
-from wattier.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, TEMPLATE, figure_json
+from wattier.figure_style import COLOURS, INK, TEMPLATE, figure_json
 from wattier.rundir import write_text
 from wattier.units import UNKNOWN, format_bytes, three_digits
 from wattier_telemetry.recording.trace import read_trace
 
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 LEAST_SECONDS = 1.0  # of a step of power that is a difference of joules: processor time moves in steps of 10 ms
 _COLUMNS = (
     "size", "parameters", "batch", "mean power (W)", "energy of a structure (J)", "bounds (J)", "structures/s",
