@@ -86,8 +86,12 @@ def dressed(panel: PanelT, title: str, description: str, unit: str) -> PanelT:
 
 
 def linked(panel: PanelT, *links: Link) -> PanelT:
-    """The same panel, whose series lead somewhere."""
-    panel.data_links([grafana.DashboardLink(link.title).url(link.url).target_blank(True) for link in links])
+    """The same panel, whose series lead somewhere; in tables, and points made of them, labels are fields of a row."""
+    of_rows = isinstance(panel, table.Panel | xychart.Panel)
+    urls = [link.url.replace("__field.labels.", "__data.fields.") if of_rows else link.url for link in links]
+    titles = [link.title for link in links]
+    made = [grafana.DashboardLink(title).url(url) for title, url in zip(titles, urls, strict=True)]
+    panel.data_links([link.target_blank(True) for link in made])
     return panel
 
 

@@ -113,7 +113,7 @@ class CampaignStanding:
             report=self.run.report_path.as_uri(),
             stages=tuple(self._stage(name, planned, opened) for name, planned in stages.items()),
             phases=tuple(self._phases(opened)),
-            budgets=tuple(self._budget_standings(spent, opened)),
+            budgets=tuple(self._budget_standings(phase, spent, opened)),
             forecasts=tuple(self._forecasts(spent, opened, watts, now_seconds)),
             trials=tuple(
                 EndedTrial(stage, trial, row.status, row.val_loss, self._bills[stage, trial].value)
@@ -223,17 +223,18 @@ class CampaignStanding:
         return known[1]
 
     def _budget_standings(
-        self, spent: Mapping[Key, float], opened: Mapping[Key, OpenTrial]
+        self, phase: str, spent: Mapping[Key, float], opened: Mapping[Key, OpenTrial]
     ) -> Iterator[BudgetStanding]:
+        """What is used of each limit; of seconds only while they are being spent."""
         limits = ((SEARCH, self.config.search.budget), (FULL_TRAINING, self.config.full_training.budget))
-        for name, limit in limits:
+        for (name, limit), now in zip(limits, (SEARCH, FULL_PHASE), strict=True):
             if limit is None:
                 continue
             stages = _stages_of(self.config, name)
             joules = math.fsum(value for (stage, _), value in spent.items() if stage in stages)
             used: dict[str, float | None] = {
                 "joules": _ratio(joules, limit.energy_joules),
-                "seconds": _ratio(self._seconds(name, limit, stages), limit.seconds),
+                "seconds": _ratio(self._seconds(name, limit, stages), limit.seconds) if phase == now else None,
                 "trials": _ratio(len({key for key in (*self._rows, *opened) if key[0] in stages}), limit.trials),
             }
             ratios = {resource: ratio for resource, ratio in used.items() if ratio is not None}

@@ -114,6 +114,9 @@ class TestLint:
                 assert not re.search(ENERGY_JOINED, expr), panel["title"]
 
     def test_links(self, name):
+        for panel in panels(name):  # a row of a table has fields, a series has labels
+            text = json.dumps(panel["fieldConfig"]["defaults"].get("links", []))
+            assert ("__field.labels" if panel["type"] in {"table", "xychart"} else "__data.fields") not in text
         links = [link["url"] for panel in panels(name) for link in panel["fieldConfig"]["defaults"].get("links", [])]
         assert links
         for url in links:

@@ -128,15 +128,19 @@ class TestForecast:
 
 class TestBudget:
     def test_shares_of_each_limit(self, searched_run):
-        limits = BudgetSection(joules=2e6, trials=100)
+        limits = BudgetSection(joules=2e6, trials=100, seconds=1e6)
         config = searched_run.config()
         config = config.model_copy(update={"search": config.search.model_copy(update={"budget": limits})})
         (budget,) = look(searched_run, config=config).budgets
+        (later,) = look(searched_run, config=config, phase="evaluation").budgets
         spent = math.fsum(p.joules for p in ledger_info(searched_run).phases if p.phase.startswith("search"))
         assert budget.joules == 2e6
         assert budget.spent_joules == pytest.approx(spent)  # with the trial that was killed and left no record
         trials = len(searched_run.trials()) + 1
-        assert budget.used_ratios == pytest.approx({"joules": spent / 2e6, "trials": trials / 100})
+        # Each of them has a share of 60 s, begun 100 s after the one before; nothing overlaps.
+        ratios = {"joules": spent / 2e6, "trials": trials / 100, "seconds": 60.0 * trials / 1e6}
+        assert budget.used_ratios == pytest.approx(ratios, rel=1e-2)
+        assert set(later.used_ratios) == {"joules", "trials"}
 
 
 class TestReasons:
