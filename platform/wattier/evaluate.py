@@ -12,6 +12,7 @@ import torch
 
 from wattier.config import RunConfig
 from wattier.config_combinations import reached
+from wattier.errors import UserError
 from wattier.evaluation_figures import Split, figures_of
 from wattier.records import TrialResult, finite_or_none
 from wattier.rundir import RunDir, write_json
@@ -25,6 +26,7 @@ from wattier_gnn.store import Store
 from wattier_gnn.weights import N_FOLDS, FittedWeights, fit_weights, folds_of
 
 BATCH_STRUCTURES = 64
+SPLIT_NAMES = {TRAIN: "training", VAL: "validation", TEST: "test"}
 MOST_DOMAIN_STRUCTURES = 20_000  # of a source that its ranges are taken from: of more, single outliers would set them
 
 
@@ -122,8 +124,17 @@ def _in_parts(store: Store, indices: Any) -> Iterator[dict[str, Any]]:
 
 
 def predict_split(ensemble: Ensemble, store: Store, split: int, limits: StepLimits) -> Split:
-    """What the members say of all structures of one split, beside their labels."""
+    """What the members say of all structures of one split, beside their labels.
+
+    Raises:
+        UserError: there is none.
+    """
     indices = store.indices(split)
+    if not len(indices):
+        raise UserError(
+            f"{store.folder}: has no {SPLIT_NAMES[split]} structures, but members are judged by some. Raise data.split's "
+            "share of them, in a new run directory."
+        )
     said, true_forces, known = [], [], []
     odd: list[str | None] = []
     for step in cut_into_steps(indices, limits, store.n_atoms, store.n_edges):

@@ -13,12 +13,14 @@ import pytest
 from rich.console import Console
 
 from wattier.config import RunConfig
-from wattier.evaluate import calibrated, error_products, still_holds
+from wattier.errors import UserError
+from wattier.evaluate import calibrated, error_products, predict_split, step_limits, still_holds
 from wattier.evaluate_console import print_evaluation
 from wattier.evaluation_figures import Split, density, figures_of
 from wattier.records import finite_or_none
 from wattier_gnn.ensemble import Ensemble, MemberNumbers
 from wattier_gnn.model import ModelConfig, build_model
+from wattier_gnn.splits import TEST
 from wattier_gnn.weights import fit_weights
 
 SOURCES = ("small", "large", "unlabelled")
@@ -205,6 +207,12 @@ def test_a_source_without_test_structures_has_no_figures() -> None:
     assert found["intervals"]["energy"]["by_source"]["large"]["observed"] is None
     assert found["parity"]["large"]["energy_density"] == []
     json.dumps(found, allow_nan=False)
+
+
+def test_a_run_without_test_structures_is_told_what_to_do() -> None:
+    store = SimpleNamespace(folder="run/data/store", indices=lambda split: np.empty(0, int))
+    with pytest.raises(UserError, match=r"no test structures.*Raise data\.split"):
+        predict_split(bare(1), store, TEST, step_limits(config_with()))
 
 
 def test_an_evaluation_holds_for_its_members_settings_and_version() -> None:
