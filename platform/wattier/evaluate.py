@@ -132,8 +132,8 @@ def predict_split(ensemble: Ensemble, store: Store, split: int, limits: StepLimi
     indices = store.indices(split)
     if not len(indices):
         raise UserError(
-            f"{store.folder}: has no {SPLIT_NAMES[split]} structures, but members are judged by some. Raise data.split's "
-            "share of them, in a new run directory."
+            f"{store.folder}: has no {SPLIT_NAMES[split]} structures, but members are judged by some. Raise "
+            "data.split's share of them, in a new run directory."
         )
     said, true_forces, known = [], [], []
     odd: list[str | None] = []

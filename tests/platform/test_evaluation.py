@@ -210,7 +210,7 @@ def test_a_source_without_test_structures_has_no_figures() -> None:
 
 
 def test_a_run_without_test_structures_is_told_what_to_do() -> None:
-    store = SimpleNamespace(folder="run/data/store", indices=lambda split: np.empty(0, int))
+    store = SimpleNamespace(folder="run/data/store", indices=lambda _: np.empty(0, int))
     with pytest.raises(UserError, match=r"no test structures.*Raise data\.split"):
         predict_split(bare(1), store, TEST, step_limits(config_with()))
 
