@@ -20,7 +20,13 @@ from wattier.trial import load_member
 from wattier_gnn.batching import StepLimits, cut_into_steps
 from wattier_gnn.domain import TrainingDomain, measure_domain
 from wattier_gnn.ensemble import Ensemble, MemberNumbers, ensemble_blocks, ensemble_parts, what_is_said
-from wattier_gnn.intervals import STRUCTURES_FOR_OWN_FACTORS, EnsembleCalibration, Said, fit_calibration
+from wattier_gnn.intervals import (
+    STRUCTURES_FOR_OWN_FACTORS,
+    STRUCTURES_FOR_OWN_FORCE_FACTORS,
+    EnsembleCalibration,
+    Said,
+    fit_calibration,
+)
 from wattier_gnn.splits import TEST, TRAIN, VAL
 from wattier_gnn.store import Store
 from wattier_gnn.weights import N_FOLDS, FittedWeights, fit_weights, folds_of
@@ -195,8 +201,11 @@ def calibrated(bare: Ensemble, validation: Split, fitted: FittedWeights | None, 
     source = validation.said.source_index
     with_forces = np.unique(np.repeat(np.arange(len(source)), validation.said.n_atoms)[known])
     own_energy, own_forces = (
-        (np.bincount(s, minlength=n_sources) >= STRUCTURES_FOR_OWN_FACTORS).tolist()
-        for s in (source, source[with_forces])
+        (np.bincount(s, minlength=n_sources) >= enough).tolist()
+        for s, enough in (
+            (source, STRUCTURES_FOR_OWN_FACTORS),
+            (source[with_forces], STRUCTURES_FOR_OWN_FORCE_FACTORS),
+        )
     )
     force_errors = (answer.forces_ev_per_angstrom - validation.force_true)[known].ravel()
     flat = Said(

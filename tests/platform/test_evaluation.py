@@ -199,6 +199,12 @@ def test_one_member_has_intervals_and_no_deviations() -> None:
     assert found["pooled"]["spearman_error_spread"] is None
 
 
+def test_forces_need_fewer_structures_for_factors_of_their_own() -> None:
+    found = calibrated(bare(3), made_up(np.random.default_rng(6), (60, 29, 100)), None, 0.9).calibration
+    assert found.energy.is_own == (False, False, True)
+    assert found.forces.is_own == (True, False, False), "the third has no forces"
+
+
 def test_a_source_without_test_structures_has_no_figures() -> None:
     rng = np.random.default_rng(5)
     ensemble = calibrated(bare(3), made_up(rng, (120, 120, 0)), None, 0.9)
