@@ -26,7 +26,8 @@ from wattier_gnn.structure import DataError
 from wattier_gnn.uncertainty import SMALLEST_STD, fit_scale
 
 PRIOR_DOF = 2.0  # the prior spread counts as much as that of three members
-STRUCTURES_FOR_OWN_FACTORS = 100  # with n, coverage has a standard deviation of sqrt(0.9 * 0.1 / n): 3 % of 100
+# With n errors, coverage has a standard deviation of sqrt(0.9 * 0.1 / n): 3 % of 100. Forces have dozens a structure.
+STRUCTURES_FOR_OWN_FACTORS, STRUCTURES_FOR_OWN_FORCE_FACTORS = 100, 30
 
 
 class Sureness(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 
 from wattier.config import RunConfig
 from wattier.config_combinations import reached
+from wattier.errors import UserError
 from wattier.evaluation_figures import Split, figures_of
 from wattier.records import TrialResult, finite_or_none
 from wattier.rundir import RunDir, write_json
@@ -19,12 +20,19 @@ from wattier.trial import load_member
 from wattier_gnn.batching import StepLimits, cut_into_steps
 from wattier_gnn.domain import TrainingDomain, measure_domain
 from wattier_gnn.ensemble import Ensemble, MemberNumbers, ensemble_blocks, ensemble_parts, what_is_said
-from wattier_gnn.intervals import STRUCTURES_FOR_OWN_FACTORS, EnsembleCalibration, Said, fit_calibration
+from wattier_gnn.intervals import (
+    STRUCTURES_FOR_OWN_FACTORS,
+    STRUCTURES_FOR_OWN_FORCE_FACTORS,
+    EnsembleCalibration,
+    Said,
+    fit_calibration,
+)
 from wattier_gnn.splits import TEST, TRAIN, VAL
 from wattier_gnn.store import Store
 from wattier_gnn.weights import N_FOLDS, FittedWeights, fit_weights, folds_of
 
 BATCH_STRUCTURES = 64
+SPLIT_NAMES = {TRAIN: "training", VAL: "validation", TEST: "test"}
 MOST_DOMAIN_STRUCTURES = 20_000  # of a source that its ranges are taken from: of more, single outliers would set them
 
 
@@ -122,8 +130,17 @@ def _in_parts(store: Store, indices: Any) -> Iterator[dict[str, Any]]:
 
 
 def predict_split(ensemble: Ensemble, store: Store, split: int, limits: StepLimits) -> Split:
-    """What the members say of all structures of one split, beside their labels."""
+    """What the members say of all structures of one split, beside their labels.
+
+    Raises:
+        UserError: there is none.
+    """
     indices = store.indices(split)
+    if not len(indices):
+        raise UserError(
+            f"{store.folder}: has no {SPLIT_NAMES[split]} structures, but members are judged by some. Raise "
+            "data.split's share of them, in a new run directory."
+        )
     said, true_forces, known = [], [], []
     odd: list[str | None] = []
     for step in cut_into_steps(indices, limits, store.n_atoms, store.n_edges):
@@ -184,8 +201,11 @@ def calibrated(bare: Ensemble, validation: Split, fitted: FittedWeights | None, 
     source = validation.said.source_index
     with_forces = np.unique(np.repeat(np.arange(len(source)), validation.said.n_atoms)[known])
     own_energy, own_forces = (
-        (np.bincount(s, minlength=n_sources) >= STRUCTURES_FOR_OWN_FACTORS).tolist()
-        for s in (source, source[with_forces])
+        (np.bincount(s, minlength=n_sources) >= enough).tolist()
+        for s, enough in (
+            (source, STRUCTURES_FOR_OWN_FACTORS),
+            (source[with_forces], STRUCTURES_FOR_OWN_FORCE_FACTORS),
+        )
     )
     force_errors = (answer.forces_ev_per_angstrom - validation.force_true)[known].ravel()
     flat = Said(

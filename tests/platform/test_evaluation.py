@@ -13,12 +13,14 @@ import pytest
 from rich.console import Console
 
 from wattier.config import RunConfig
-from wattier.evaluate import calibrated, error_products, still_holds
+from wattier.errors import UserError
+from wattier.evaluate import calibrated, error_products, predict_split, step_limits, still_holds
 from wattier.evaluate_console import print_evaluation
 from wattier.evaluation_figures import Split, density, figures_of
 from wattier.records import finite_or_none
 from wattier_gnn.ensemble import Ensemble, MemberNumbers
 from wattier_gnn.model import ModelConfig, build_model
+from wattier_gnn.splits import TEST
 from wattier_gnn.weights import fit_weights
 
 SOURCES = ("small", "large", "unlabelled")
@@ -197,6 +199,12 @@ def test_one_member_has_intervals_and_no_deviations() -> None:
     assert found["pooled"]["spearman_error_spread"] is None
 
 
+def test_forces_need_fewer_structures_for_factors_of_their_own() -> None:
+    found = calibrated(bare(3), made_up(np.random.default_rng(6), (60, 29, 100)), None, 0.9).calibration
+    assert found.energy.is_own == (False, False, True)
+    assert found.forces.is_own == (True, False, False), "the third has no forces"
+
+
 def test_a_source_without_test_structures_has_no_figures() -> None:
     rng = np.random.default_rng(5)
     ensemble = calibrated(bare(3), made_up(rng, (120, 120, 0)), None, 0.9)
@@ -205,6 +213,12 @@ def test_a_source_without_test_structures_has_no_figures() -> None:
     assert found["intervals"]["energy"]["by_source"]["large"]["observed"] is None
     assert found["parity"]["large"]["energy_density"] == []
     json.dumps(found, allow_nan=False)
+
+
+def test_a_run_without_test_structures_is_told_what_to_do() -> None:
+    store = SimpleNamespace(folder="run/data/store", indices=lambda _: np.empty(0, int))
+    with pytest.raises(UserError, match=r"no test structures.*Raise data\.split"):
+        predict_split(bare(1), store, TEST, step_limits(config_with()))
 
 
 def test_an_evaluation_holds_for_its_members_settings_and_version() -> None:
