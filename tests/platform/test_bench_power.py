@@ -23,7 +23,10 @@ from wattier.prepare import recipe_of, source_paths
 from wattier.rundir import hold_lock
 from wattier_gnn.batch import Batch, Prediction
 from wattier_gnn.ingest import ingest
+from wattier_gnn.model import ModelConfig
+from wattier_gnn.sample import SAMPLE_SOURCES
 from wattier_gnn.store import Store
+from wattier_gnn.workload import n_parameters
 from wattier_telemetry import read_journal
 from wattier_telemetry.registration import read_registrations
 
@@ -92,6 +95,14 @@ def test_counts_are_those_of_the_steps(plan, store: Path, tmp_path: Path) -> Non
     assert [row["name"] for row in rows] == ["TINY", "OURS"]
     assert rows[0]["joules_per_structure"] == pytest.approx(rows[0]["joules"] / rows[0]["structures"])
     assert rows[0]["structures_per_second"] == pytest.approx(rows[0]["structures"] / rows[0]["seconds"])
+
+
+def test_a_size_is_counted_without_a_store_as_for_the_sample() -> None:
+    config = ModelConfig(
+        sources=SAMPLE_SOURCES, energy_scale_ev=(1.0,) * 5, mean_neighbors=1.0,
+        **OURS.model_dump(exclude={"cutoff_angstrom"}),
+    )  # fmt: skip
+    assert count_size(OURS) == n_parameters(config)  # by arithmetic, where the other builds the network
 
 
 def test_a_step_teaches(store: Path) -> None:
