@@ -58,7 +58,7 @@ def power(  # noqa: PLR0913, PLR0917  (one parameter an option)
         typer.echo("Interrupted. The same command goes on from here.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     page = out / "power.html"
-    write_power_page(results, out, page)
+    write_power_page(results, out / "sizes", page)
     typer.echo(f"Results: {page} and {out / 'power.json'}")
 
 

@@ -12,10 +12,11 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from wattier.bench_records import SizePower
+from wattier.errors import UserError
 from wattier.figure_style import COLOURS, INK, TEMPLATE, figure_json
 from wattier.rundir import write_text
 from wattier.units import UNKNOWN, format_bytes, three_digits
-from wattier_telemetry.recording.trace import read_trace
+from wattier_telemetry.recording.trace import TraceError, read_trace
 
 LEAST_SECONDS = 1.0  # of a step of power that is a difference of joules: processor time moves in steps of 10 ms
 _COLUMNS = (
@@ -75,9 +76,16 @@ def power_curves(trace: Path) -> list[PowerCurve]:
 
 
 def write_power_page(results: Sequence[SizePower], folder: Path, path: Path) -> None:
-    """Write the page of results whose traces lie below a folder, whole or not at all."""
+    """Write the page of results whose traces lie below the folder ``sizes``, whole or not at all.
+
+    Raises:
+        UserError: a trace is damaged or gone.
+    """
     measured = [result for result in results if result.status == "measured"]
-    curves = {result.name: power_curves(folder / result.name / "trace.csv") for result in measured}
+    try:
+        curves = {result.name: power_curves(folder / result.name / "trace.csv") for result in measured}
+    except TraceError as error:
+        raise UserError(f"{error}. Remove the folder of that size; the same command measures it again.") from error
     figures = {"power": power_figure(curves), "joules": joules_figure(measured)} if measured else {}
     about = "; ".join(sorted({result.hardware for result in results}))
     page = _PAGE.format(

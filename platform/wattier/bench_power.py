@@ -1,10 +1,10 @@
 """``wattier bench power``: each named model size trains for a fixed time under the meter, one after the other.
 
-<out>/store/                the sample corpus, where no store was given
-<out>/<size>/result.json    what was measured; there once the size is finished, and kept by the next command
-<out>/<size>/trace.csv      power over time, as `wattier-telemetry record` writes it
-<out>/power.json            all results
-<out>/power.html            power over time side by side, and joules a structure
+<out>/store/                      the sample corpus, where no store was given
+<out>/sizes/<size>/result.json    what was measured; there once the size is finished, and kept by the next command
+<out>/sizes/<size>/trace.csv      power over time, as `wattier-telemetry record` writes it
+<out>/power.json                  all results
+<out>/power.html                  power over time side by side, and joules a structure
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class PowerPlan:
     batch_structures: int
     telemetry: TelemetrySection
 
+    def folder(self, name: str) -> Path:
+        """Where a size's files lie."""
+        return self.out / "sizes" / name
+
 
 def measure_sizes(plan: PowerPlan, say: Callable[[str], None]) -> list[SizePower]:
     """Measure every size that is not finished yet; results in the order of the plan.
@@ -73,6 +77,8 @@ def measure_sizes(plan: PowerPlan, say: Callable[[str], None]) -> list[SizePower
         DataError: the store cannot be used.
     """
     check_source(plan.telemetry)
+    if plan.out.exists() and not plan.out.is_dir():
+        raise UserError(f"--out: is {plan.out}, which is a file, but must be a folder. Give another one.")
     plan.out.mkdir(parents=True, exist_ok=True)
     with hold_lock(plan.out / ".lock") as held:
         if not held:
@@ -89,7 +95,7 @@ def measure_sizes(plan: PowerPlan, say: Callable[[str], None]) -> list[SizePower
 
 def _finished(plan: PowerPlan, name: str, size: Size) -> SizePower | None:
     """A size that an earlier command has finished."""
-    path = plan.out / name / "result.json"
+    path = plan.folder(name) / "result.json"
     if not path.exists():
         return None
     result = decode(path, SizePower.from_dict, read_json(path))
@@ -117,8 +123,8 @@ def _settings(plan: PowerPlan, size: Size) -> dict[str, Any]:
 
 def _measured(plan: PowerPlan, name: str, size: Size, store: Path, say: Callable[[str], None]) -> SizePower:
     """Train one size for its time, and leave its result."""
-    folder = plan.out / name
-    folder.mkdir(exist_ok=True)
+    folder = plan.folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
     for left in (*folder.glob("*.energy.json"), folder / "trace.csv"):  # of a command that was stopped
         left.unlink(missing_ok=True)
     sweep_temporary_files(folder)

@@ -20,9 +20,13 @@ from wattier.config import ModelSection, ReferenceSize, TelemetrySection, load_s
 from wattier.errors import UserError
 from wattier.model_sizes import build_size, count_size
 from wattier.prepare import recipe_of, source_paths
+from wattier.rundir import hold_lock
 from wattier_gnn.batch import Batch, Prediction
 from wattier_gnn.ingest import ingest
+from wattier_gnn.model import ModelConfig
+from wattier_gnn.sample import SAMPLE_SOURCES
 from wattier_gnn.store import Store
+from wattier_gnn.workload import n_parameters
 from wattier_telemetry import read_journal
 from wattier_telemetry.registration import read_registrations
 
@@ -65,7 +69,7 @@ def test_joules_are_the_integral_of_the_recording(plan, tmp_path: Path) -> None:
     later = START_WATTS + 600 * WATTS_PER_SECOND
     trace.write_text(f"time_seconds,device,power_watts\n{now},GPU-test,{START_WATTS}\n{now + 600},GPU-test,{later}\n")
     (result,) = measure_sizes(plan(seconds=1.0, trace=trace), quiet)
-    (journal,) = (tmp_path / "out" / "TINY").glob("*.energy.json")
+    (journal,) = (tmp_path / "out/sizes/TINY").glob("*.energy.json")
     (share,) = read_journal(journal).shares
     middle = (share.start_seconds + share.end_seconds) / 2
     watts = START_WATTS + WATTS_PER_SECOND * (middle - now)
@@ -74,7 +78,7 @@ def test_joules_are_the_integral_of_the_recording(plan, tmp_path: Path) -> None:
     assert result.joules == pytest.approx(watts * result.seconds, rel=0.01)
     assert result.mean_watts == pytest.approx(watts, rel=0.01)
     assert result.joules_low <= result.joules <= result.joules_high
-    (curve,) = power_curves(tmp_path / "out" / "TINY" / "trace.csv")
+    (curve,) = power_curves(tmp_path / "out/sizes/TINY" / "trace.csv")
     slope = (curve.watts[-1] - curve.watts[0]) / (curve.seconds[-1] - curve.seconds[0])
     assert slope == pytest.approx(WATTS_PER_SECOND, rel=0.01)
     assert curve.seconds[-1] == pytest.approx(result.seconds, abs=0.3)
@@ -91,6 +95,14 @@ def test_counts_are_those_of_the_steps(plan, store: Path, tmp_path: Path) -> Non
     assert [row["name"] for row in rows] == ["TINY", "OURS"]
     assert rows[0]["joules_per_structure"] == pytest.approx(rows[0]["joules"] / rows[0]["structures"])
     assert rows[0]["structures_per_second"] == pytest.approx(rows[0]["structures"] / rows[0]["seconds"])
+
+
+def test_a_size_is_counted_without_a_store_as_for_the_sample() -> None:
+    config = ModelConfig(
+        sources=SAMPLE_SOURCES, energy_scale_ev=(1.0,) * 5, mean_neighbors=1.0,
+        **OURS.model_dump(exclude={"cutoff_angstrom"}),
+    )  # fmt: skip
+    assert count_size(OURS) == n_parameters(config)  # by arithmetic, where the other builds the network
 
 
 def test_a_step_teaches(store: Path) -> None:
@@ -125,11 +137,11 @@ def test_a_finished_size_is_kept_and_an_interrupted_one_is_measured_again(plan, 
         ("power", "power", "OURS", ("GPU-test",)),
     }
     assert read_registrations(folder) == []
-    kept = (tmp_path / "out" / "TINY" / "result.json").read_bytes()
-    assert not (tmp_path / "out" / "OURS" / "result.json").exists()
+    kept = (tmp_path / "out/sizes/TINY" / "result.json").read_bytes()
+    assert not (tmp_path / "out/sizes/OURS" / "result.json").exists()
     lines: list[str] = []
     results = measure_sizes(plan(sizes), lines.append)
-    assert (tmp_path / "out" / "TINY" / "result.json").read_bytes() == kept
+    assert (tmp_path / "out/sizes/TINY" / "result.json").read_bytes() == kept
     assert [result.status for result in results] == ["measured", "measured"]
     assert [line.split(":")[0] for line in lines if "trains for" in line] == ["OURS"]
 
@@ -161,10 +173,18 @@ def test_other_settings_in_one_folder_are_refused(plan) -> None:
         measure_sizes(plan({"TINY": TINY.model_copy(update={"hidden_dim": 9})}), quiet)
 
 
+def test_a_folder_that_is_none_or_in_use_is_refused(plan, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out: is .*file, which is a file"):
+        measure_sizes(plan(out=tmp_path / "file"), quiet)
+    with hold_lock(tmp_path / "out/.lock"), pytest.raises(UserError, match="another process measures there"):
+        measure_sizes(plan(), quiet)
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"name": "TINY"}'])
 def test_a_damaged_result_is_named(plan, tmp_path: Path, damage: str) -> None:
-    (tmp_path / "out" / "TINY").mkdir(parents=True)
-    (tmp_path / "out" / "TINY" / "result.json").write_text(damage)
+    (tmp_path / "out/sizes/TINY").mkdir(parents=True)
+    (tmp_path / "out/sizes/TINY" / "result.json").write_text(damage)
     with pytest.raises(UserError, match=r"result\.json"):
         measure_sizes(plan(), quiet)
 
@@ -176,7 +196,7 @@ def test_a_size_that_does_not_fit_is_a_row(plan, tmp_path, monkeypatch) -> None:
     assert (result.status, result.available_bytes, result.joules, result.structures) == ("does_not_fit", 1000, None, 0)
     assert result.needed_bytes > 16 * result.n_parameters
     assert "does not fit" in bench_power.in_words(result)
-    write_power_page([result], tmp_path / "out", tmp_path / "page.html")
+    write_power_page([result], tmp_path / "out/sizes", tmp_path / "page.html")
     assert "does not fit" in (tmp_path / "page.html").read_text()
     (again,) = measure_sizes(plan(), quiet)  # memory has become free
     assert again.status == "measured"
@@ -249,10 +269,13 @@ def test_power_of_a_counter_alone_is_its_slope(tmp_path: Path) -> None:
 
 def test_a_page_has_its_figures_and_its_table(plan, tmp_path: Path) -> None:
     (result,) = measure_sizes(plan(), quiet)
-    write_power_page([result], tmp_path / "out", tmp_path / "page.html")
+    write_power_page([result], tmp_path / "out/sizes", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count('id="power"') == page.count('id="joules"') == 1
     assert f"<td>{result.n_parameters:,}</td>" in page
+    (tmp_path / "out/sizes/TINY/trace.csv").unlink()
+    with pytest.raises(UserError, match=r"trace\.csv: cannot be read.*Remove the folder of that size"):
+        write_power_page([result], tmp_path / "out/sizes", tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(

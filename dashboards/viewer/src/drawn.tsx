@@ -113,6 +113,7 @@ export function HeatmapPanel({ panel, frames, theme, width, height }: Drawn) {
   const low = options.min ?? Math.min(0, d3.min(values) as number), high = options.max ?? (d3.max(values) as number);
   const reversed = reversedInTheDark(options.scheme ?? "Oranges") !== Boolean(options.reverse);
   const shade = (v: number) => scheme(Math.abs(Number(reversed) - Math.min(1, Math.max(0, (v - low) / (high - low || 1)))));
+  const hidden = { le: 1e-9, ge: Infinity, ...panel.options?.filterValues }; // cells without a colour, as Grafana has it
   const times = [...fields[0].time.values] as number[];
   const step = times[1] - times[0] || 1000;
   const names = fields.map(({ field, frame }) => getFieldDisplayName(field, frame, frames));
@@ -128,7 +129,7 @@ export function HeatmapPanel({ panel, frames, theme, width, height }: Drawn) {
           <g key={key}>
             {row % every === 0 && <text x={-6} y={y(key)! + y.bandwidth() / 2} dy="0.35em" textAnchor="end" fontSize={11} fill={theme.colors.text.secondary}>{shortened(names[row])}</text>}
             {[...fields[row].field.values].map((value: any, i) =>
-              Number.isFinite(value) ? <rect key={i} x={x(fields[row].time.values[i])} width={Math.max(1, x(times[0] + step))} shapeRendering="crispEdges" y={y(key)} height={y.bandwidth()} fill={shade(value)} /> : null)}
+              Number.isFinite(value) && value > hidden.le && value < hidden.ge ? <rect key={i} x={x(fields[row].time.values[i])} width={Math.max(1, x(times[0] + step))} shapeRendering="crispEdges" y={y(key)} height={y.bandwidth()} fill={shade(value)} /> : null)}
           </g>
         ))}
         <g transform={`translate(0,${h})`}><Axis scale={x} size={0} length={w} side="x" theme={theme} /></g>

@@ -50,7 +50,7 @@ function registryFor(fieldConfig: any): FieldConfigOptionsRegistry {
     for (const { id } of properties) if (id.startsWith("custom.")) custom.add(id.slice("custom.".length));
   }
   const item = (id: string, path: string, process: any, isCustom: boolean) => ({
-    id, path, name: id, process, isCustom, editor: () => null, override: () => null, settings: {},
+    id, path, name: id, process, isCustom, editor: () => null, override: () => null, settings: { expandTemplateVars: true },
     shouldApply: (field: Field) => path !== "axisLabel" || (field.type !== FieldType.time && field.type !== FieldType.string), // as Grafana has it
   });
   return new FieldConfigOptionsRegistry(() => [
