@@ -120,9 +120,9 @@ class Ensemble:
         baseline_ev [B] is the composition reference of each structure; stress, conservative: see `members_say`.
         """
         prediction = self.combine(self.members_say(arrays, stress=stress, conservative=conservative), baseline_ev)
-        return (
-            prediction if self.domain is None else replace(prediction, out_of_distribution=self.domain.reasons(arrays))
-        )
+        if self.domain is None:
+            return prediction
+        return replace(prediction, out_of_distribution=self.domain.reasons(arrays))
 
     def members_say(
         self, arrays: Mapping[str, Any], *, stress: bool = False, conservative: bool = False
@@ -218,12 +218,14 @@ def ensemble_blocks(ensemble: Ensemble) -> dict[str, Any]:
     }
 
 
-def ensemble_parts(blocks: Mapping[str, Any], n_sources: int, n_members: int) -> dict[str, Any]:
+def ensemble_parts(blocks: Any, n_sources: int, n_members: int) -> dict[str, Any]:
     """Inverse of `ensemble_blocks`: keyword arguments of `Ensemble`; what is absent or None is None.
 
     Raises:
         DataError: a block is not what it must be.
     """
+    if not isinstance(blocks, Mapping):
+        raise DataError(f"uncertainty is a {type(blocks).__name__}, but must be a mapping. Get the release anew.")
     weights, calibration, domain = (blocks.get(name) for name in ("weights", "calibration", "training_domain"))
     return {
         "weights": None if weights is None else _checked_weights(weights, n_members),

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.model import ModelConfig, build_model
+from wattier_gnn.release import load_release, verify_release
 from wattier_gnn.release_manifest import MANIFEST, SEAL, seal
 from wattier_gnn.release_writer import write_release
+from wattier_gnn.structure import DataError
 
 SOURCES = ("oxides", "molecules")
 ELEMENTS = (1, 6, 8)
@@ -63,3 +66,15 @@ def reconfigure(folder: Path, member: str = "final-000", **changes: Any) -> None
     """Change a member's config, and its hash with it."""
     config = json.loads((folder / member / "config.json").read_text())
     replace(folder, f"{member}/config.json", json.dumps({**config, **changes}).encode())
+
+
+def refusal(folder: Path) -> str:
+    """The line that every way of reading gives."""
+    with pytest.raises(DataError) as loaded:
+        load_release(folder)
+    with pytest.raises(DataError) as verified:
+        verify_release(folder)
+    assert str(loaded.value)[:120] == str(verified.value)[:120]
+    assert "\n" not in str(loaded.value)
+    assert str(loaded.value).startswith(str(folder))
+    return str(loaded.value)

@@ -187,3 +187,10 @@ def test_weights_of_members_make_the_mean_and_a_release_keeps_them(tools: Any) -
 def test_weights_that_are_none_are_refused(weights: Any) -> None:
     with pytest.raises(DataError, match="weights are"):
         ensemble_parts({"weights": weights}, 2, 2)
+
+
+@pytest.mark.parametrize("blocks", [[], "x", 3])
+def test_blocks_that_are_none_are_refused(blocks: Any) -> None:
+    assert ensemble_parts({}, 2, 2) == {"weights": None, "calibration": None, "domain": None}
+    with pytest.raises(DataError, match="uncertainty is a"):
+        ensemble_parts(blocks, 2, 2)

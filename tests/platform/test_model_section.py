@@ -24,6 +24,7 @@ SPACE = {
     "activation_checkpointing": {"choices": [True, False]},
     "edge_chunk": {"low": 256, "high": 4096, "log": True},
     "cutoff_angstrom": {"choices": [3, 4.5]},
+    "energy_variance": {"choices": [True, False]},
 }
 STORE: Any = SimpleNamespace(
     sources=("a",),
@@ -53,6 +54,7 @@ def test_a_trial_s_choices_reach_the_network(tmp_path: Path) -> None:
     chosen = {
         "family": "pna", "energy_heads": "both", "forces": "direct", "precision": "bfloat16",
         "activation_checkpointing": True, "edge_chunk": 512, "cutoff_angstrom": 4.5,
+        "energy_variance": True,
     }  # fmt: skip
     section, _ = settings_of(config_with(tmp_path, **SPACE), chosen)
     built = model_config(STORE, section)
@@ -100,6 +102,7 @@ def test_the_defaults_are_what_they_were() -> None:
     assert section.edge_chunk is None
     assert section.cutoff_angstrom is None
     assert not section.activation_checkpointing
+    assert not section.energy_variance
 
 
 @pytest.mark.parametrize(

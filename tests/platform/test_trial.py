@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from wattier import run as steps
@@ -15,6 +16,7 @@ from wattier.ledger import ledger_info
 from wattier.records import EpochRecord, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir
 from wattier_gnn import checkpoint
+from wattier_gnn.store import Store
 
 
 class Quiet:
@@ -160,7 +162,14 @@ def test_other_weights_are_found_without_training_again(make) -> None:
     assert sum(evaluation["weights"]["by_member"].values()) == pytest.approx(1)
     errors = [evaluation["weights"][f"validation_error_{kind}"] for kind in ("fitted", "equal")]
     assert errors[0] <= errors[1]
+    from wattier.evaluate import released_ensemble
     from wattier_gnn.release import load_release
+
+    old = {name: part for name, part in before.items() if name != "uncertainty"}
+    store, members = Store(run.store_path), run.trials(FULL_STAGE)
+    kept = released_ensemble(run, members, store, old, torch.device("cpu"))
+    assert kept.calibration.energy.std_scale == (before["calibration"]["energy"]["scale"],)
+    assert kept.calibration.coverage is None, "an earlier version knew no intervals"
 
     released = load_release(run.release_path)
     assert list(released.weights) == list(evaluation["weights"]["by_member"].values())
