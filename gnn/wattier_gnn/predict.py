@@ -32,6 +32,7 @@ PREFIX = "wattier_"
 SUFFIXES = (".xyz", ".extxyz")
 MOST_ATOMS = 4096  # in one batch: some GB of memory for a model of usual width
 MESSAGES_KEPT = 20
+OF_THE_FORMAT = {"Lattice", "Properties", "pbc", "pos", "species", "symbols", "numbers", "positions", "move_mask"}
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 
@@ -212,7 +213,7 @@ def _plain(atoms: Atoms) -> Atoms:
     plain = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     plain.set_constraint([c for c in atoms.constraints if isinstance(c, FixAtoms)])  # of others it has no column
     labels = {name: value for name, value in _labels(atoms).items() if value is not None}
-    taken = {*plain.arrays, *labels}
+    taken = {*OF_THE_FORMAT, *labels}
     for name, values in atoms.arrays.items():
         if name not in taken and not name.startswith(PREFIX) and _is_column(name, values):
             plain.arrays[name] = values

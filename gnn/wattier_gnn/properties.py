@@ -9,7 +9,7 @@ Property = Literal[
     "translation",  # the origin does not matter, nor by which of its images an atom of a crystal is given
     "invariant_energy",  # the energy does not change when the structure is turned or mirrored
     "equivariant_forces",  # forces turn with the structure
-    "conservative",  # forces are minus the gradient of the energy
+    "conservative",  # forces are minus the gradient of the energy, as the stress, its strain derivative, always is
     "smooth_cutoff",  # energy and forces are continuous where a neighbour crosses the cutoff
     "continuous_forces",  # so are forces where two neighbours are equally far, as they are in symmetric crystals
     "extensive",  # n cells have n times the energy of one, and what is far apart adds up

@@ -296,6 +296,8 @@ def test_what_extended_xyz_cannot_hold_is_left_out(
 ) -> None:
     atoms = mixed()[1]
     atoms.info |= {"note": {"a": np.arange(2)}, "ok": 1, "wattier_energy": 99.0, "matrix": np.eye(3)}
+    atoms.info |= {"Lattice": "none", "Properties": "species:S:1", "pbc": "F F F"}
+    atoms.arrays["pos"] = atoms.arrays["move_mask"] = np.zeros(2)
     atoms.arrays["spaces"] = np.array(["a b", "c"])
     atoms.arrays["odd name:R:1"] = np.arange(2.0)
     atoms.arrays["cube"] = np.zeros((2, 3, 3))
@@ -306,6 +308,9 @@ def test_what_extended_xyz_cannot_hold_is_left_out(
     assert said.info["ok"] == 1
     assert said.info["wattier_energy"] != 99.0
     assert not {"spaces", "odd name:R:1", "cube"} & set(said.arrays)
+    np.testing.assert_allclose(said.cell.array, atoms.cell.array, atol=1e-7)
+    np.testing.assert_allclose(said.positions, atoms.positions, atol=1e-7)
+    assert said.pbc.all()
     assert said.arrays["kept"].tolist() == ["u", "v"]
 
 
