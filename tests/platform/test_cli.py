@@ -26,6 +26,7 @@ VERBS = [
     "doctor",
     "evaluate",
     "export",
+    "finetune",
     "report",
     "run",
     "search",

@@ -129,7 +129,7 @@ def errors(folder, source, held_out, *, aligned=False):
 
 
 def test_it_learns_the_users_potential_and_says_what_it_cost(release, user_file, tmp_path):
-    """Held-out energies at most half as wrong as the release's, even with zeros fitted to the test; forces by a quarter."""
+    """Held-out energies half as wrong as the release's, even with zeros fitted to the test; forces three quarters."""
     done = finetune(release, user_file, "-o", tmp_path / "mine", "--epochs", 60, "--learning-rate", 0.003)
     assert done.exit_code == 0, (done.output, done.exception)
     held_out = clusters(60, 3)
