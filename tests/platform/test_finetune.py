@@ -248,6 +248,7 @@ def test_what_cannot_be_learnt_from_is_one_line(release, tmp_path, spoil, option
     assert "\n" not in str(done.exception)
     assert re.search(says, str(done.exception)), str(done.exception)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.work").exists(), "the mended file would be refused as another one"
 
 
 def test_a_folder_of_somebody_else_is_not_overwritten(release, user_file, tmp_path):
