@@ -34,7 +34,7 @@ def test_killed_told_to_leave_and_out_of_time(tmp_path: Path) -> None:
     again = RunDir.open(disturbed.run_dir)
     assert differences(peaceful, again) == []
     assert {row.ended for row in again.trials("full")} == {"epochs"}
-    assert all(row.attempts >= 3 for row in again.trials("full"))
+    assert all(row.attempts >= 2 for row in again.trials("full")), "one may have ended before the last command"
     for row in again.trials("full"):
         epochs = [record.epoch for record in again.epochs("full", row.trial_id)]
         assert epochs == list(range(1, row.epochs_done + 1))
