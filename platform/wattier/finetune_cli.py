@@ -42,6 +42,7 @@ def finetune(  # noqa: PLR0913, PLR0917  (one parameter an option)
     from wattier.departure import EXIT_NOT_FINISHED, NotFinishedError, leaving_in_time
     from wattier.finetune import FineTuning, fine_tune
     from wattier.walltime import limit_of
+    from wattier_gnn.structure import DataError
 
     name = source or _name_of(file)
     task = FineTuning(
@@ -56,6 +57,10 @@ def finetune(  # noqa: PLR0913, PLR0917  (one parameter an option)
                 for words in words_of_departure(departure):
                     console.say(words)
                 made = fine_tune(task, console.say)
+        except DataError:
+            if not (task.work.path / "trials").exists():  # nothing was trained: a mended file begins anew
+                shutil.rmtree(task.work.path, ignore_errors=True)
+            raise
         except NotFinishedError as why:
             typer.echo(f"Not finished ({why}). What was done is saved; the same command goes on from here.", err=True)
             raise typer.Exit(EXIT_NOT_FINISHED) from None

@@ -22,12 +22,63 @@ import yaml
 from observed import observed_seconds
 from workplace import Workplace
 
+from wattier.config import RunConfig
 from wattier.departure import EXIT_NOT_FINISHED
 from wattier.ledger import FULL_PHASE, ledger_info
-from wattier.rundir import FULL_STAGE, RunDir
+from wattier.prepare import prepare_data
+from wattier.records import Fidelity, Pick, Selection, Tier, TrialResult
+from wattier.rundir import FULL_STAGE, RunDir, append_json_line, write_json
+from wattier_telemetry import EnergyReport, Share
 
 WATTS = 100.0
 NOT_OF_MEMBERS = ("trials/full", "evaluation.json", "report.html", "release", "phases/evaluation", "removed.jsonl")
+PICKS = {"deep-000": {"hidden_dim": 8}, "deep-001": {"hidden_dim": 16}}
+CONFIG = {
+    "name": "members",
+    "data": {"sources": {"qm7x": "sample"}, "cutoff_angstrom": 3.0},
+    "model": {"n_layers": 1, "n_radial": 4, "head_dim": 8, "n_head_layers": 1, "forces": "vector"},
+    "training": {"batch_structures": 128},
+    "search": {
+        "space": {"hidden_dim": {"low": 8, "high": 16, "step": 8}},
+        "stages": [{"name": "deep", "trials": 2, "structures": 100, "epochs": 1, "reduction_factor": None}],
+    },
+    "select": {"accurate": 2, "balanced": 0},
+    "full_training": {"epochs": 45, "early_stop_patience": 45},
+}  # fmt: skip
+
+
+class Quiet:
+    """A listener that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def phase(self, name: str) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def progress(self, done: object) -> None: ...
+
+    def trial(self, result: TrialResult, done: int, total: int) -> None: ...
+
+
+def selected_run(folder: Path, **changes: Any) -> RunDir:
+    """A run whose search is over: its data are real, its two trials and their selection are written down."""
+    config = RunConfig.model_validate(CONFIG | {"run_dir": str(folder)} | changes)
+    run = RunDir.create(config)
+    with run.lock():
+        prepare_data(run, config, Quiet())
+    little = EnergyReport.of([Share("node", "node", 0.0, 1.0, 1.0, 1e-6, "estimated")])
+    for trial_id, params in PICKS.items():
+        row = TrialResult(
+            "members", trial_id, params, Fidelity("deep", 100, 1, 1), "complete", 1.0, {}, 1, 100, 1.0, little
+        )
+        append_json_line(run.trials_path, row.to_dict())
+    tier = Tier("accurate", "by hand", tuple(Pick(trial_id, "by hand") for trial_id in PICKS))
+    selection = Selection("deep", (tier,), (), None, None, tuple(PICKS), {}, None, None)
+    write_json(run.selection_path, selection.to_dict())
+    return run
 
 
 class Disturbed(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from members import Quiet, differences, selected_run, undone
 from ray_nodes import RayNodes, is_loopback
 from two_nodes import HERE, run_funnel, write_config
 
 from wattier.config import RunConfig
+from wattier.launch import InlineLauncher
+from wattier.run import train
 from wattier.rundir import RunDir
 
 SMALL = {
@@ -163,6 +167,27 @@ def test_a_lost_node_costs_only_what_was_not_saved(nodes, tmp_path):
         stages = [row.fidelity.stage for row in outcome.run.trials() if row.trial_id == trial_id]
         folder = outcome.run.trial_folder(stages[0], trial_id)
         assert len(list(folder.glob("attempt*-rank0.energy.json"))) == 2
+
+
+def test_members_that_lose_their_node_end_in_the_same_bits(nodes, tmp_path):
+    """Each of two members has a node of its own; the one whose node dies goes on from its checkpoint on another."""
+    if not nodes.others():
+        nodes.add_node(2)
+    whole_node = {"cpus_per_rank": 2, "retries": 1}
+    run = selected_run(tmp_path / "made", resources=whole_node, full_training={"epochs": 20, "early_stop_patience": 20})
+    straight, lost = (
+        undone(run.path, tmp_path / name, launcher=how) for name, how in (("straight", "inline"), ("lost", "ray"))
+    )
+    peaceful = RunDir.open(straight.run_dir)
+    train(peaceful, peaceful.config(), InlineLauncher(), Quiet())
+    outcome = run_funnel(nodes, lost.config_path, kill_node=True, rest_seconds=0.1)
+    assert outcome.killed_after is not None, outcome.log
+    assert outcome.code == 0, outcome.log
+    assert len(outcome.retried) == 1, "one member was on the node that was lost"
+    assert all(twice <= 1 for twice in outcome.retried.values()), "an epoch that was saved was trained again"
+    assert differences(peaceful, RunDir.open(lost.run_dir)) == []
+    true_joules = outcome.true_joules * min(2, os.cpu_count() or 1)  # a rank owns two cores of the node here
+    assert true_joules <= outcome.billed_joules <= 1.05 * true_joules
 
 
 def test_what_the_cluster_has_no_more_is_said_and_not_waited_for(nodes, start):

@@ -61,25 +61,29 @@ def write_config(values: dict[str, Any], folder: Path) -> Path:
 TOO_EARLY = "No available agent to submit job"  # Ray's word while a busy head starts
 
 
-def run_funnel(nodes: RayNodes, config: Path, *, kill_node: bool) -> Outcome:
-    """Submit a run whose config `write_config` made; with kill_node, node 1 dies as soon as work would be lost."""
+def run_funnel(nodes: RayNodes, config: Path, *, kill_node: bool, rest_seconds: float = 0.0) -> Outcome:
+    """Submit a run whose config `write_config` made; with kill_node, a node dies as soon as work would be lost.
+
+    rest_seconds: after each step of a training, which must last until there is something to lose.
+    """
+    victim = next(iter(nodes.others()), 1)
     run, witness = RunDir(config.parent / "run"), config.parent / "witness"
     witness.mkdir(exist_ok=True)
     began = time.monotonic()
     command = "python", str(HERE / "observed.py"), "run", str(config)
-    job = nodes.submit(*command, env={"WITNESS_FOLDER": str(witness)})
+    job = nodes.submit(*command, env={"WITNESS_FOLDER": str(witness), "REST_SECONDS": str(rest_seconds)})
     killed_after = None
     try:
-        if kill_node and _wait_for(lambda: _work_would_be_lost(nodes, run), job):
+        if kill_node and _wait_for(lambda: _work_would_be_lost(nodes, run, victim), job):
             killed_after = time.monotonic() - began
-            nodes.kill_node(1)
+            nodes.kill_node(victim)
         log, _ = job.communicate(timeout=LONGEST_SECONDS)
     finally:
         job.kill()
         job.wait()
     if job.returncode and TOO_EARLY in log:
         time.sleep(3)
-        return run_funnel(nodes, config, kill_node=kill_node)
+        return run_funnel(nodes, config, kill_node=kill_node, rest_seconds=rest_seconds)
     return _looked_at(Outcome(job.returncode, log, time.monotonic() - began, run, killed_after=killed_after), witness)
 
 
@@ -91,13 +95,13 @@ def _wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> bool:
     return True
 
 
-def _work_would_be_lost(nodes: RayNodes, run: RunDir) -> bool:
-    """Node 1 runs trials, and every trial that runs has finished an epoch and saved it."""
+def _work_would_be_lost(nodes: RayNodes, run: RunDir, victim: int) -> bool:
+    """A node runs trials, and every trial that runs has finished an epoch and saved it."""
     running = [path.parent for path in run.path.glob("trials/*/*/attempt1-rank0.energy.json")]
     running = [path for path in running if not (path / "result.json").exists()]
     if not running or not all((path / "last.pt").exists() for path in running):
         return False
-    return any("train" in _title(process) for process in nodes.workers(1))
+    return any("train" in _title(process) for process in nodes.workers(victim))
 
 
 def _title(process: psutil.Process) -> str:

@@ -29,6 +29,7 @@ VERBS = [
     "export",
     "predict",
     "push",
+    "finetune",
     "report",
     "run",
     "search",

@@ -26,6 +26,7 @@ from wattier.departure import (
 )
 from wattier.errors import UserError
 from wattier.launch import InlineLauncher, Stage
+from wattier.own_model import OwnTrial
 from wattier.policy import FixedPolicy
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
 from wattier.rundir import LEAVE_NAME, RunDir, append_json_line
@@ -279,3 +280,32 @@ def test_how_long_a_command_may_last_does_not_make_another_run(run):
     run.trials_path.touch()
     changed = RunConfig.model_validate(values | {"full_training": {"keep_checkpoints": "all"}})
     assert RunDir.create(changed).config().resources.walltime_seconds == 60.0
+
+
+def test_a_function_of_your_own_is_told_and_called_again(tmp_path, monkeypatch):
+    """Epochs of 10 s, as it states them; 8 s are left: another one would end too late."""
+    monkeypatch.setattr(departure, "POLL_SECONDS", 0.0)
+    own = {"trial": "mine:f", "telemetry": {"source": "stated"}, "data": {}, "run_dir": str(tmp_path / "run")}
+    run = RunDir.create(RunConfig.model_validate(CONFIG | own))
+    answers = []
+
+    def mine(trial):
+        for epoch in range(trial.reported_epochs + 1, trial.epochs + 1):
+            monkeypatch.setattr("wattier.own_model.time.monotonic", lambda epoch=epoch: 10.0 * epoch)
+            go_on = trial.report(1.0 / epoch, epoch=epoch, energy_joules=float(epoch), seconds=10.0 * epoch)
+            answers.append((epoch, go_on, trial.left))
+            if not go_on:
+                return
+            if epoch == 2:
+                Departure(run, Limit(time.time() + 8 / 0.75, "x"))
+
+    stage = Stage(run, run.config(), Fidelity("s", None, 4, 1), 1)
+    for _ in range(2):
+        heard = []
+        with run.lock():
+            InlineLauncher().run(stage, FixedPolicy([Proposal("s-000", {})]), OwnTrial(mine), heard.append)
+        answers.append([(row.status, row.ended, row.epochs_done) for row in heard])
+    assert answers == [
+        (1, True, None), (2, True, None), (3, False, "walltime"), [("interrupted", "walltime", 3)],
+        (4, False, None), [("complete", None, 4)],
+    ]  # fmt: skip

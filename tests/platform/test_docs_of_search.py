@@ -13,6 +13,7 @@ from wattier.cli import EXIT_BAD_INPUT, EXIT_FAILED_TRIALS, EXIT_FAILURE
 from wattier.config import RunConfig, load_config
 from wattier.config_search import SearchSection
 from wattier.data_cli import EXIT_INTERRUPTED
+from wattier.departure import EXIT_NOT_FINISHED
 from wattier.own_model import Trial
 from wattier.rundir import RunDir
 
@@ -122,5 +123,5 @@ def _choices(schema):
 
 def test_exit_codes_are_those_of_the_docs():
     text = (DOCS / "search.md").read_text(encoding="utf-8")
-    for code in (EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_FAILED_TRIALS, EXIT_INTERRUPTED):
+    for code in (EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_FAILED_TRIALS, EXIT_INTERRUPTED, EXIT_NOT_FINISHED):
         assert re.search(rf"\b{code}\b", text.partition("## When things go wrong")[2]), code
