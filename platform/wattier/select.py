@@ -276,13 +276,12 @@ def _pinned_tier(trials: Sequence[TrialResult], field: Field, sticks: Yardsticks
     picks = []
     for trial in trials:
         if trial.trial_id in standings:
-            because = "picked by hand"
-            picks.append(record_of(standings[trial.trial_id], sticks, because, pinned=True, trade_off=None))
+            picks.append(record_of(standings[trial.trial_id], sticks, "", pinned=True, trade_off=None))
             continue
-        parts = [f"picked by hand, though it was not compared ({trial.status} after {trial.epochs_done} epochs)"]
+        parts = [f"pinned by hand, though it was not compared ({trial.status} after {trial.epochs_done} epochs)"]
         parts += [energy_words(trial), *convergence_words(trial.trial_id, sticks)]
         picks.append(Pick(reason="; ".join(parts) + flag_words(trial), **trial_numbers(trial, sticks, pinned=True)))
-    return Tier(PINNED, "picked by hand", tuple(picks), "hand")
+    return Tier(PINNED, "pinned by hand", tuple(picks), "hand")
 
 
 def _nothing_to_pick(stage: str, excluded: Mapping[str, Exclusion], vetoed: int) -> str:

@@ -102,7 +102,8 @@ def _without_trend(epochs: tuple[int, ...]) -> Array:
     """What takes a parabola off losses at these epochs, [n, n]."""
     powers = np.vander((np.array(epochs) - np.mean(epochs)) / len(epochs), TREND)
     basis, _ = np.linalg.qr(powers)
-    return np.eye(len(epochs)) - basis @ basis.T
+    left: Array = np.eye(len(epochs)) - basis @ basis.T
+    return left
 
 
 def moderate(variances: Array, freedoms: Array) -> tuple[float, float, Array]:
