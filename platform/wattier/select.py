@@ -193,7 +193,7 @@ def _fill(  # noqa: PLR0913, PLR0917  (the order, the size, and what may keep a 
             filled.misses.append((judged, *(why or ("next", f"the tier holds {wanted}"))))
         elif not is_full and why is not None:
             filled.misses.append((judged, *why))
-        if near >= NEAR + wanted:  # some of them may be picked by the other rule
+        if near >= NEAR + config.accurate + config.balanced:  # some of them may be picked by the other rule
             break
     return filled
 
