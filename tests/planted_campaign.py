@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -122,19 +123,20 @@ class Score(NamedTuple):
     clear: float  # how often the accurate tier was said to stand out
 
 
-def score(settings: SelectSection, noise: float, seeds: range, *, uneven: bool = False) -> Score:
-    """Select from as many campaigns as there are seeds."""
-    rows = []
+def scores(ways: Sequence[SelectSection], noise: float, seeds: range, *, uneven: bool = False) -> list[Score]:
+    """Select from as many campaigns as there are seeds, in each of several ways."""
+    rows: list[list[tuple[float, ...]]] = [[] for _ in ways]
     for seed in seeds:
         made = campaign(seed, noise, uneven=uneven)
-        selection = chosen(made, settings)
-        accurate, balanced = found(selection, "accurate"), found(selection, "balanced")
-        right = (accurate == made.accurate, balanced == made.knee)
-        rows.append((
-            *right, all(right), len(accurate & made.accurate), len(accurate - made.accurate),
-            len(balanced & made.knee), bool(selection.tiers[0].clear),
-        ))  # fmt: skip
-    return Score(*np.mean(np.array(rows, dtype=float), axis=0).tolist())
+        for settings, of_way in zip(ways, rows, strict=True):
+            selection = chosen(made, settings)
+            accurate, balanced = found(selection, "accurate"), found(selection, "balanced")
+            right = (accurate == made.accurate, balanced == made.knee)
+            of_way.append((
+                *right, all(right), len(accurate & made.accurate), len(accurate - made.accurate),
+                len(balanced & made.knee), bool(selection.tiers[0].clear),
+            ))  # fmt: skip
+    return [Score(*np.mean(np.array(of_way, dtype=float), axis=0).tolist()) for of_way in rows]
 
 
 def kept(n: int, epochs: int, spread: float, seeds: range) -> tuple[float, float]:
@@ -160,36 +162,42 @@ def kept(n: int, epochs: int, spread: float, seeds: range) -> tuple[float, float
     return share_kept, share_clear
 
 
+def _table(title: str, scores_at: Mapping[float, Score]) -> str:
+    heads = (
+        "noise", "gap / noise", "accurate exact", "balanced exact", "both exact", "accurate found of 4",
+        "strangers there", "knee found of 11", "said to be clear",
+    )  # fmt: skip
+    lines = [f"\n### {title}\n\n| {' | '.join(heads)} |\n{'|---:' * len(heads)}|"]
+    for noise, s in scores_at.items():
+        ratio = f"{GAP / noise:.1f}" if noise else "∞"
+        lines.append(
+            f"| {noise:g} | {ratio} | {s.accurate:.0%} | {s.knee:.0%} | {s.both:.0%} | {s.accurate_found:.2f} | "
+            f"{s.accurate_strangers:.2f} | {s.knee_found:.2f} | {s.clear:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="How often the planted tiers are found.")
     parser.add_argument("--seeds", type=int, default=100)
     seeds = range(parser.parse_args().seeds)
-    ways = (
-        ("significance, at most 8; knee", {"accurate": 8}, False),
-        ("the same, each trial with a noise of its own", {"accurate": 8}, True),
-        ("significance, at most 4; knee", {"accurate": 4}, False),
-        ("gap, at most 8; knee", {"accurate": 8, "accurate_rule": "gap"}, False),
-        ("significance, at most 8; fronts", {"accurate": 8, "balanced_rule": "fronts"}, False),
-    )
-    for title, changes, uneven in ways:
-        settings = SelectSection.model_validate({"balanced": KNEE, **changes})
-        heads = (
-            "noise", "gap / noise", "accurate exact", "balanced exact", "both exact", "accurate found of 4",
-            "strangers there", "knee found of 11", "said to be clear",
-        )  # fmt: skip
-        sys.stdout.write(f"\n### {title}\n\n| {' | '.join(heads)} |\n{'|---:' * len(heads)}|\n")
-        for noise in NOISES:
-            s = score(settings, noise, seeds, uneven=uneven)
-            ratio = f"{GAP / noise:.1f}" if noise else "∞"
-            sys.stdout.write(
-                f"| {noise:g} | {ratio} | {s.accurate:.0%} | {s.knee:.0%} | {s.both:.0%} | {s.accurate_found:.2f} | "
-                f"{s.accurate_strangers:.2f} | {s.knee_found:.2f} | {s.clear:.0%} |\n"
-            )
+    ways = {
+        "significance, at most 8; knee": {"accurate": 8},
+        "significance, at most 4; knee": {"accurate": 4},
+        "gap, at most 8; knee": {"accurate": 8, "accurate_rule": "gap"},
+        "significance, at most 8; fronts": {"accurate": 8, "balanced_rule": "fronts"},
+    }
+    settings = [SelectSection.model_validate({"balanced": KNEE, **changes}) for changes in ways.values()]
+    for uneven in (False, True):
+        found_at = {noise: scores(settings, noise, seeds, uneven=uneven) for noise in NOISES}
+        for place, title in enumerate(ways):
+            of_way = {noise: found[place] for noise, found in found_at.items()}
+            sys.stdout.write(_table(f"{title}{', uneven noise' if uneven else ''}", of_way))
             sys.stdout.flush()
     heads = ("trials", "epochs", "spread of their noises", "a given one is kept", "a group is called clear")
     sys.stdout.write(f"\n### all trials equally good\n\n| {' | '.join(heads)} |\n{'|---:' * len(heads)}|\n")
-    for n, epochs in ((5, 4), (40, 6), (40, 12), (400, 6), (400, 12)):
+    for n, epochs in ((5, 4), (40, 12), (400, 6), (400, 12)):
         for spread in (0.0, 0.5, 1.0):
             share_kept, share_clear = kept(n, epochs, spread, seeds)
             sys.stdout.write(f"| {n} | {epochs} | {spread:g} | {share_kept:.0%} | {share_clear:.0%} |\n")

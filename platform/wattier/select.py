@@ -193,7 +193,7 @@ def _fill(  # noqa: PLR0913, PLR0917  (the order, the size, and what may keep a 
             filled.misses.append((judged, *(why or ("next", f"the tier holds {wanted}"))))
         elif not is_full and why is not None:
             filled.misses.append((judged, *why))
-        if near >= NEAR + wanted:  # some of them may be picked by the other rule
+        if near >= NEAR + config.accurate + config.balanced:  # some of them may be picked by the other rule
             break
     return filled
 
@@ -276,13 +276,12 @@ def _pinned_tier(trials: Sequence[TrialResult], field: Field, sticks: Yardsticks
     picks = []
     for trial in trials:
         if trial.trial_id in standings:
-            because = "picked by hand"
-            picks.append(record_of(standings[trial.trial_id], sticks, because, pinned=True, trade_off=None))
+            picks.append(record_of(standings[trial.trial_id], sticks, "", pinned=True, trade_off=None))
             continue
-        parts = [f"picked by hand, though it was not compared ({trial.status} after {trial.epochs_done} epochs)"]
+        parts = [f"pinned by hand, though it was not compared ({trial.status} after {trial.epochs_done} epochs)"]
         parts += [energy_words(trial), *convergence_words(trial.trial_id, sticks)]
         picks.append(Pick(reason="; ".join(parts) + flag_words(trial), **trial_numbers(trial, sticks, pinned=True)))
-    return Tier(PINNED, "picked by hand", tuple(picks), "hand")
+    return Tier(PINNED, "pinned by hand", tuple(picks), "hand")
 
 
 def _nothing_to_pick(stage: str, excluded: Mapping[str, Exclusion], vetoed: int) -> str:

@@ -140,7 +140,8 @@ def above(val_loss: float, best: float) -> str:
 def record_of(standing: Standing, sticks: Yardsticks, because: str, *, pinned: bool, trade_off: float | None) -> Pick:
     """A pick of a candidate."""
     numbers = numbers_of(standing, sticks, pinned=pinned)
-    return Pick(reason=sentence(standing, sticks, because), trade_off=trade_off, **numbers)
+    told = "; ".join(part for part in (because, "pinned by hand" if pinned else "") if part)
+    return Pick(reason=sentence(standing, sticks, told), trade_off=trade_off, **numbers)
 
 
 def _price(trial: TrialResult, sticks: Yardsticks) -> str:

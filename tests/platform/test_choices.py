@@ -160,7 +160,7 @@ class TestFaces:
                 assert pick.trial_id in words
         assert set(run.selection().tiers[0].picks[0].reason.split()) <= set(words.split())
         assert "ruled out" in words
-        assert "picked by hand" in words
+        assert "pinned by hand" in words
 
     def test_thousands_that_a_ceiling_keeps_out_are_counted(self, run, tmp_path):
         changed = {"balanced": 20, "min_distance": 0.0, "max_energy_joules": 1.0}
