@@ -183,6 +183,12 @@ def _evenly(places: Iterable[int]) -> list[int]:
     return sorted({*every[::step], *every[-1:]})
 
 
+def as_sentence(text: str) -> str:
+    """A text that stands alone: with a capital and a stop."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 def funnel_table(findings: Findings) -> Table:
     """The funnel in words; of ways to end only those that occur."""
     stages = findings.funnel.stages
