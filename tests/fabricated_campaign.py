@@ -5,8 +5,8 @@ import math
 import random
 
 from wattier.config import RunConfig
-from wattier.power_trace import PowerTrace
 from wattier.pareto import non_dominated_ranks
+from wattier.power_trace import PowerTrace
 from wattier.records import EpochRecord, Fidelity, Pick, Selection, Tier, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, write_json
 from wattier_telemetry import EnergyReport, Share
