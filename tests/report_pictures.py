@@ -11,10 +11,14 @@ from wattier.rundir import RunDir
 
 SHOWN_PATH = "runs/quickstart"
 DRAWN = "[...document.querySelectorAll('.plot')].every(plot => plot.dataset.drawn && plot.querySelector('.main-svg'))"
+WITH_A_MARGIN = (
+    "{getBoundingClientRect: () => (r => ({x: 0, y: r.y + 20, width: 1200, height: r.height}))"
+    "(document.querySelector('#search').getBoundingClientRect())}"
+)
 # name, width, scheme, which part of the page: its top edge and its height, in pixels, or an element
 PICTURES = (
     ("report", 1200, "light", "{getBoundingClientRect: () => ({x: -scrollX, y: -scrollY, width: 1200, height: 1400})}"),
-    ("report-dark", 1200, "dark", "document.querySelector('#search')"),
+    ("report-dark", 1200, "dark", WITH_A_MARGIN),
     (
         "report-phone",
         390,
