@@ -12,7 +12,7 @@ from wattier.rundir import RunDir
 SHOWN_PATH = "runs/quickstart"
 DRAWN = "[...document.querySelectorAll('.plot')].every(plot => plot.dataset.drawn && plot.querySelector('.main-svg'))"
 WITH_A_MARGIN = (
-    "{getBoundingClientRect: () => (r => ({x: 0, y: r.y + 20, width: 1200, height: r.height}))"
+    "{getBoundingClientRect: () => (r => ({x: 0, y: r.y + 4, width: 1200, height: r.height}))"
     "(document.querySelector('#search').getBoundingClientRect())}"
 )
 # name, width, scheme, which part of the page: its top edge and its height, in pixels, or an element

@@ -228,7 +228,7 @@ def power_table(findings: Findings) -> Table:
     rows = []
     for trial in findings.power.trials:
         throttled = ", ".join(f"{k} {format_seconds(v)}" for k, v in sorted(trial.throttled_seconds.items()))
-        knows = any(line.throttled for line in trial.lines)
+        knows = any(reason is not None for line in trial.lines for reason in line.throttled)
         rows.append(
             (
                 trial.trial_id, stage_title(trial.stage), format_seconds(trial.seconds), _watts(trial.mean_watts),

@@ -15,7 +15,7 @@ from wattier.figures_search import importance_figure, parallel_figure
 from wattier.findings import gather
 from wattier.importance import importance_info
 from wattier.power_trace import PowerTrace
-from wattier.report_figures import drawings, tight
+from wattier.report_figures import drawings, power_table, tight
 from wattier.report_summary import summary
 from wattier.rundir import FULL_STAGE
 from wattier.units import format_joules_alike
@@ -178,6 +178,8 @@ def test_a_step_that_nobody_looked_into_is_a_gap(whole_run):
     (shown,) = power_info(whole_run, trials_info(whole_run).rows).trials
     at = [time for time, watts in zip(shown.lines[0].seconds, shown.lines[0].watts, strict=True) if watts is None]
     assert at == [31.5]
+    table = power_table(gather(whole_run))
+    assert table.rows[0][table.head.index("Throttled")] == "unknown"  # nobody told
 
 
 def test_details_of_an_old_selection_are_empty_and_of_a_new_one_are_read(whole_run, empty_run):
