@@ -136,7 +136,7 @@ def _trials() -> list[AnyPanel]:
             "Failures by reason",
             "Trials that failed or diverged. Empty while none has.",
             COUNT,
-            Query(f"sort_desc({campaign('failures', 'stage', 'reason')} > 0)", "{{stage}} {{reason}}"),
+            Query(f"sort_desc({campaign('failures', 'stage', 'reason')} > 0)", "{{run}} {{stage}} {{reason}}"),
         ),
         linked(
             curves(
@@ -176,7 +176,7 @@ def _energy() -> list[AnyPanel]:
         ),
         rows(
             "Energy by phase, with bounds",
-            "Between low and high lies the truth, as far as the meters can say.",
+            "Between low and high lies the truth, as far as the meters can say. Of an estimate they say nothing: both are empty.",
             {
                 "energy": (campaign("energy_joules", "phase"), JOULES),
                 "low": (campaign("energy_low_joules", "phase"), JOULES),
@@ -189,7 +189,7 @@ def _energy() -> list[AnyPanel]:
                 "Energy by trial",
                 "The 30 largest: last value of each trial's meter in the time range, trials that ended included.",
                 JOULES,
-                Query(f"topk(30, {by_trial})", "{{trial}} {{stage}}"),
+                Query(f"topk(30, {by_trial})", TRIAL),
             ),
             TO_TRIAL,
             TO_REPORT,

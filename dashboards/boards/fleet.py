@@ -42,12 +42,12 @@ def largest(series: str, over: str = "max_over_time") -> str:
 
 def _now() -> list[AnyPanel]:
     up = device("up", JOB)
-    lost = device("wattier_device_up", GPU)
+    lost = f"wattier:devices:count{HOST} - wattier:devices_up:count{HOST}"
     errors = device("wattier_read_errors_total")
     return [
         figure("Power", "All devices of the chosen hosts.", WATTS, Query(f"sum(wattier:power_watts:sum{HOST})")),
         figure("GPUs", "That answer.", COUNT, Query(f"sum(wattier:devices_up:count{HOST})")),
-        figure("GPUs lost", "That their exporter cannot read any more.", COUNT, Query(f"sum(1 - {lost})"), bad=1.0),
+        figure("GPUs lost", "That their exporter cannot read any more.", COUNT, Query(f"sum({lost})"), bad=1.0),
         figure("Exporters down", "Hosts whose exporter does not answer.", COUNT, Query(f"sum(1 - {up})"), bad=1.0),
         figure(
             "Idle watts wasted now",
@@ -103,7 +103,7 @@ def _fleet() -> list[AnyPanel]:
 
 def _trouble() -> list[AnyPanel]:
     throttled, counted = device("wattier_throttled", REASON), device("wattier_throttled_seconds_total")
-    gpus = f"count({device('wattier_device_up', GPU)})"
+    gpus = f"sum(wattier:devices:count{HOST})"
     lost, up = device("wattier_device_up", GPU), device("up", JOB)
     lagging = f"wattier:trial_clock_ratio{HOST} < 0.9"
     dies = device("wattier_ecc_uncorrected_total")
@@ -117,7 +117,7 @@ def _trouble() -> list[AnyPanel]:
             Query(f"sum by (reason) (wattier:throttled:count{HOST})", "{{reason}}"),
             axis="GPUs",
         ),
-        curves(
+        bars(  # one answer for the whole range: as a curve it would read the range anew for each of its points
             "Time throttled",
             "Share of all GPUs' time in the time range, by reason, as the devices count it. Empty where none counts.",
             RATIO,
@@ -126,7 +126,6 @@ def _trouble() -> list[AnyPanel]:
                 f"/ ($__range_s * scalar({gpus}))",
                 "{{reason}}",
             ),
-            axis="share of time",
         ),
         linked(
             time_line(

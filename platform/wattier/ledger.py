@@ -124,5 +124,5 @@ def _by_method(report: EnergyReport) -> dict[str, float]:
 def phase_of(name: str, report: EnergyReport, trials: int) -> PhaseEnergy:
     """The bill of a phase."""
     coverage = report.coverage_ratio if report.shares else None
-    bounds = report.joules_low, report.joules_high
+    bounds = report.stated_bounds_joules
     return PhaseEnergy(name, report.joules, report.method, coverage, trials, report.warnings, *bounds)

@@ -279,8 +279,8 @@ def _number(value: float | None, decimals: int) -> str:
 
 
 def _within(phase: PhaseEnergy) -> str:
-    """How far off the joules may be; of an estimate nobody knows, since the bounds are those of its time alone."""
-    if phase.uncertainty_ratio is None or phase.method == "estimated":
+    """How far off the joules may be; of an estimate nobody knows."""
+    if phase.uncertainty_ratio is None:
         return "not stated"
     return f"± {format_ratio(phase.uncertainty_ratio)}"
 

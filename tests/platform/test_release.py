@@ -22,7 +22,7 @@ from wattier.citation import PAPER
 from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.evaluate import evaluate_run
-from wattier.ledger import ledger_info
+from wattier.ledger import ledger_info, phase_of
 from wattier.model_card import EXAMPLES, CardFacts, example_of, release_texts
 from wattier.records import Fidelity, PhaseEnergy, TrialResult
 from wattier.release import data_facts, export_release
@@ -215,7 +215,8 @@ class TestCard:
 
     def test_an_estimate_is_not_given_a_precision(self):
         measured = PhaseEnergy("full training", 3.6e6, "counter", 1.0, 4, (), 3.5e6, 3.8e6)
-        guessed = PhaseEnergy("data", 10.0, "estimated", 1.0, 0, (), 9.99, 10.01)
+        share = Share("c", "cpu", 0.0, 1.0, 1.0, 10.0, "estimated", 1.0, joules_low=9.99, joules_high=10.01)
+        guessed = phase_of("data", EnergyReport.of([share]), 0)
         unknown = PhaseEnergy("evaluation", None, None, None)
         facts = CardFacts("x", "0.1.0", fabricated.ensemble(), ["a", "b"], phases=(guessed, measured, unknown))
         text = release_texts(facts)["README.md"]
