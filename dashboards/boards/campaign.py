@@ -176,7 +176,8 @@ def _energy() -> list[AnyPanel]:
         ),
         rows(
             "Energy by phase, with bounds",
-            "Between low and high lies the truth, as far as the meters can say. Of an estimate they say nothing: both are empty.",
+            "Between low and high lies the truth, as far as the meters can say. Of an estimate they say "
+            "nothing: both are empty.",
             {
                 "energy": (campaign("energy_joules", "phase"), JOULES),
                 "low": (campaign("energy_low_joules", "phase"), JOULES),

@@ -18,6 +18,7 @@ from wattier.units import UNKNOWN, format_joules, format_joules_alike, format_ra
 from wattier.views_search import STATUSES, FunnelStage, stage_title
 
 MOST_ROWS = 25  # of a table beside a figure
+LEAST_WHOLE_WATTS = 100  # from here on whole watts, which are three digits or more
 NONE, NO_BREAK = "\u2013", "\u00a0"
 _TOP_PIXELS = 20
 _UNITS = re.compile(r"(?<=\d) (?=(%|J|kJ|MJ|kWh|W|s|min|h|B|kB|MB|GB|TB|eV)(?!\w))")
@@ -224,7 +225,7 @@ def _lost(stage: FunnelStage) -> float | None:
 
 def power_table(findings: Findings) -> Table:
     """Power and memory of the trials that have a figure."""
-    head = ("Trial", "Stage", "Time", "Mean power", "Highest", "Peak memory", "Not measured", "Throttled")
+    head = ("Trial", "Stage", "Time", "Mean power", "Highest of a device", "Peak memory", "Not measured", "Throttled")
     rows = []
     for trial in findings.power.trials:
         throttled = ", ".join(f"{k} {format_seconds(v)}" for k, v in sorted(trial.throttled_seconds.items()))
@@ -241,7 +242,7 @@ def power_table(findings: Findings) -> Table:
 
 
 def _watts(watts: float | None) -> str:
-    return UNKNOWN if watts is None else f"{watts:.3g} W"
+    return UNKNOWN if watts is None else f"{watts:,.0f} W" if watts >= LEAST_WHOLE_WATTS else f"{watts:.3g} W"
 
 
 def _gigabytes(size: float | None) -> str:

@@ -21,7 +21,7 @@ from wattier.rundir import FULL_STAGE
 from wattier.units import format_joules_alike
 from wattier.views import pareto_info, trials_info
 from wattier.views_evaluation import coverage_rows
-from wattier.views_power import power_info
+from wattier.views_power import PowerInfo, TrialPower, power_info
 from wattier.views_search import funnel_info, parallel_info, progress_info
 from wattier.views_selection import NOTHING, details_of, selection_details
 from wattier_telemetry import EnergyReport, Share
@@ -180,6 +180,14 @@ def test_a_step_that_nobody_looked_into_is_a_gap(whole_run):
     assert at == [31.5]
     table = power_table(gather(whole_run))
     assert table.rows[0][table.head.index("Throttled")] == "unknown"  # nobody told
+
+
+@pytest.mark.parametrize(("watts", "told"), [(8.123, "8.12 W"), (99.96, "100 W"), (1e3, "1,000 W"), (None, "unknown")])
+def test_watts_are_told_as_numbers_that_people_write(whole_run, watts, told):
+    findings = gather(whole_run)
+    trial = TrialPower("full", "a", None, (), 1.0, watts, watts, 0.0, {}, None)
+    table = power_table(findings._replace(power=PowerInfo((trial,), 0, (), 0)))
+    assert table.rows[0][table.head.index("Mean power")] == told
 
 
 def test_details_of_an_old_selection_are_empty_and_of_a_new_one_are_read(whole_run, empty_run):

@@ -55,8 +55,18 @@ CAMPAIGN = tuple(
             STAGE,
         ),
         ("energy_joules", "Energy of a phase so far, killed and failed trials included: the ledger.", "J", PHASE),
-        ("energy_low_joules", "The true energy of a phase is not below, as far as the meters can say.", "J", PHASE),
-        ("energy_high_joules", "The true energy of a phase is not above, as far as the meters can say.", "J", PHASE),
+        (
+            "energy_low_joules",
+            "The true energy of a phase is not below, as far as the meters can say; not of estimates.",
+            "J",
+            PHASE,
+        ),
+        (
+            "energy_high_joules",
+            "The true energy of a phase is not above, as far as the meters can say; not of estimates.",
+            "J",
+            PHASE,
+        ),
         ("budget_joules", "What may be spent.", "J", BUDGET),
         ("budget_spent_joules", "What is spent of it.", "J", BUDGET),
         (
