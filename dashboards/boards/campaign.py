@@ -117,6 +117,11 @@ def _trials() -> list[AnyPanel]:
             },
             height=7,
         ),
+    ]
+
+
+def _results() -> list[AnyPanel]:
+    return [
         curves(
             "Best loss by stage",
             "Lowest validation loss of the trials that finished the stage.",
@@ -250,6 +255,6 @@ def _speed() -> list[AnyPanel]:
 
 def build() -> grafana.Dashboard:
     """The dashboard."""
-    sections = {"Now": _now(), "Trials": _trials(), "Energy": _energy(), "Speed and power": _speed()}
+    sections = {"Now": _now(), "Trials": [*_trials(), *_results()], "Energy": _energy(), "Speed and power": _speed()}
     about = "A search: trials by stage and status, joules against the budget, loss against joules, and when it ends."
     return dashboard("campaign", about, variables("run", "stage"), sections)

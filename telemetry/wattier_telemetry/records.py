@@ -275,11 +275,7 @@ class EnergyReport:
 
     @property
     def stated_bounds_joules(self) -> tuple[float | None, float | None]:
-        """What may be told of how far off `joules` is, J: the true energy is not below, and not above.
-
-        Both None where no share states a bound, and for an estimate, even a partial one: its bounds are those of the
-        processor time it counted, while nobody knows its watts.
-        """
+        """Both bounds where one is stated and no part is estimated: those of an estimate are of its time, not watts."""
         stated = any(share.joules_low is not None or share.joules_high is not None for share in self.shares)
         return (self.joules_low, self.joules_high) if stated and self.method != "estimated" else (None, None)
 
