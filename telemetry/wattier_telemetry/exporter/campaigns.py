@@ -106,7 +106,10 @@ class Campaigns:
             self._looked_at = time.monotonic()
             with contextlib.suppress(OSError):
                 self._scan()
-            found = [campaign for _, (_, campaign) in sorted(self._files.items()) if campaign is not None]
+            by_run = {
+                campaign.run: campaign for _, (_, campaign) in sorted(self._files.items()) if campaign is not None
+            }
+            found = list(by_run.values())  # of a name one, for a series may be on a page once
             if (living := tuple(found[:MOST_CAMPAIGNS])) != self._living:
                 self._living = living
             return self._living
