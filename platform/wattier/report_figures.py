@@ -183,6 +183,12 @@ def _evenly(places: Iterable[int]) -> list[int]:
     return sorted({*every[::step], *every[-1:]})
 
 
+def as_sentence(text: str) -> str:
+    """A text that stands alone: with a capital and a stop."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 def funnel_table(findings: Findings) -> Table:
     """The funnel in words; of ways to end only those that occur."""
     stages = findings.funnel.stages
@@ -222,7 +228,7 @@ def power_table(findings: Findings) -> Table:
     rows = []
     for trial in findings.power.trials:
         throttled = ", ".join(f"{k} {format_seconds(v)}" for k, v in sorted(trial.throttled_seconds.items()))
-        knows = any(line.throttled for line in trial.lines)
+        knows = any(reason is not None for line in trial.lines for reason in line.throttled)
         rows.append(
             (
                 trial.trial_id, stage_title(trial.stage), format_seconds(trial.seconds), _watts(trial.mean_watts),
