@@ -11,7 +11,6 @@ from wattier.views_power import TrialPower
 from wattier.views_search import stage_title
 
 BYTES_PER_GB = 1e9
-MOST_NAMED = 4
 _MINUTES_FROM, _HOURS_FROM = 300.0, 3 * 3600.0
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
