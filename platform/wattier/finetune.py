@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -39,6 +40,7 @@ from wattier_telemetry import bill
 
 COVERAGE = 0.9
 LEARNING_RATE_FREE, LEARNING_RATE_FROZEN = 3e-4, 1e-3  # a free backbone is to move a little, new heads a lot
+SECONDS_BETWEEN_LINES = 10.0
 TELEMETRY = TelemetrySection()
 Say = Callable[[str], None]
 
@@ -162,10 +164,18 @@ def _train(  # noqa: PLR0913, PLR0917  (what is trained, on what, and who hears 
     store = TunedStore(task.work.store_path, parent.config.cutoff_angstrom, task.source, task.seed)
     store.align(alignment)
 
+    told = time.monotonic()
+
     def heard(report: EpochReport) -> bool:
+        nonlocal told
         meter.so_far()
         record = EpochRecord(**report.to_dict(), energy_joules=bill(folder).joules)
         append_json_line(folder / "epochs.jsonl", record.to_dict())
+        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            say(
+                f"{name}: epoch {report.epoch} of at most {task.epochs}, validation loss {format_loss(report.val_loss)}"
+            )
         return True
 
     with metered(folder, "rank0", TELEMETRY, on_gpu=device.type == "cuda") as (meter, _):
@@ -213,7 +223,7 @@ def _write(  # noqa: PLR0913, PLR0917  (what a release is made of)
     card = CardFacts(
         name=task.output.name, wattier_version=version("wattier"), ensemble=ensemble, member_names=names,
         member_facts=[_facts(task, name) for name in names], evaluation=figures, phases=ledger.phases,
-        total=ledger.total, data=data, parent=str(manifest["name"]),
+        total=ledger.total, data=data, parent=str(manifest["name"]), groups_apart=not store.torn_groups,
     )  # fmt: skip
     made = write_release(
         task.output, ensemble, names, name=card.name, wattier_version=card.wattier_version, facts=card.member_facts,

@@ -49,7 +49,7 @@ def finetune(  # noqa: PLR0913, PLR0917  (one parameter an option)
         release, file, output.absolute(), name, freeze, epochs, learning_rate=learning_rate,
         batch_structures=batch_structures, seed=seed,
     )  # fmt: skip
-    _refuse(task.output, name)
+    _refuse(task.output, task.release, name)
     limit = limit_of(walltime, None)
     with task.work.lock(), IngestConsole() as console:
         try:
@@ -74,10 +74,12 @@ def _name_of(file: Path) -> str:
     return stem if stem.isidentifier() else f"data_{stem}" if stem else "data"
 
 
-def _refuse(output: Path, name: str) -> None:
+def _refuse(output: Path, release: Path, name: str) -> None:
     from wattier.errors import UserError
 
     if not name.isidentifier():
         raise UserError(f"--source: is {name!r}, but must be a name of letters, digits and _. Give another one.")
+    if output.resolve() == release.resolve():
+        raise UserError(f"--output: {output} is the release to begin from, which would be lost. Name a new folder.")
     if output.exists() and not (output / "manifest.json").is_file():
         raise UserError(f"--output: {output} is there and is no release. Name a new folder.")

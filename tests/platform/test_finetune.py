@@ -259,6 +259,17 @@ def test_a_folder_of_somebody_else_is_not_overwritten(release, user_file, tmp_pa
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
+def test_the_release_that_it_begins_from_is_not_replaced(release, user_file, tmp_path):
+    (tmp_path / "link").symlink_to(release)
+    before = sha256_of(release / "manifest.json")
+    for output in (release, release.parent / "x" / ".." / release.name, tmp_path / "link"):
+        done = finetune(release, user_file, "-o", output)
+        assert isinstance(done.exception, UserError)
+        assert "would be lost" in str(done.exception)
+    assert sha256_of(release / "manifest.json") == before
+    assert not release.with_name(f"{release.name}.work").exists()
+
+
 def test_a_damaged_release_is_refused(release, user_file, tmp_path):
     done = finetune(tmp_path, user_file, "-o", tmp_path / "out")
     assert isinstance(done.exception, DataError)
