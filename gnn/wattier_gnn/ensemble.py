@@ -96,6 +96,17 @@ class Ensemble:
         return all("conservative" in member.properties for member in self.members)
 
     @property
+    def knows_forces_std(self) -> bool:
+        """Whether forces have a standard deviation: where two members or more are heard, they can disagree."""
+        return degrees_of_freedom(self.weights_of_members) > 0
+
+    @property
+    def knows_energy_std(self) -> bool:
+        """Whether energies have one: as forces, or where every member that is heard has a head that says its own."""
+        heard = (m for m, weight in zip(self.members, self.weights_of_members, strict=True) if weight > 0)
+        return self.knows_forces_std or all(member.config.energy_variance for member in heard)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the members' weights, and of what they compute."""
         return next(self.members[0].parameters()).dtype

@@ -122,6 +122,26 @@ def test_a_committee_has_the_names_of_mace(calculator: Any) -> None:
     assert results["free_energy"] == energy
 
 
+def test_a_committee_of_unequal_members_varies_about_its_answer(calculator: Any) -> None:
+    weights = np.array([0.7, 0.0, 0.3])
+    atoms = crystal()
+    atoms.calc = calculator(parts={"weights": tuple(weights)})
+    answers = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+    for name, answer in answers.items():
+        of_members = atoms.calc.results[f"{name}_comm"]
+        np.testing.assert_allclose(answer, 0.7 * of_members[0] + 0.3 * of_members[2], atol=1e-12)
+        due = 0.7 * (of_members[0] - answer) ** 2 + 0.3 * (of_members[2] - answer) ** 2
+        np.testing.assert_allclose(atoms.calc.results[f"{name}_var"], due, atol=1e-14)
+
+
+def test_several_members_of_which_one_is_heard_promise_no_std(calculator: Any) -> None:
+    atoms = methanol()
+    atoms.calc = calculator(parts={"weights": (0.0, 1.0, 0.0)})
+    assert atoms.get_potential_energy() == atoms.calc.results["energy_comm"][1]
+    assert atoms.calc.results["energy_var"] == 0.0
+    assert not {"energy_std", "forces_std", "stress_std"} & {*atoms.calc.results, *atoms.calc.implemented_properties}
+
+
 def test_one_member_has_no_committee_and_no_std(calculator: Any) -> None:
     atoms = crystal()
     atoms.calc = calculator(members=1)
