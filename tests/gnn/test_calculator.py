@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ase.io import read, write
 from ase.stress import voigt_6_to_full_3x3_stress
 from ensembles import untrained
 
-from wattier_gnn.calculator import COMMITTEE, WattierCalculator
+from wattier_gnn.calculator import COMMITTEE, WattierCalculator, structure_of
 from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.structure import DataError
 
@@ -287,6 +288,22 @@ def test_odd_structures_are_answered(atoms: Atoms, calculator: Any) -> None:
     assert np.abs(atoms.get_forces().sum(axis=0)).max() < 1e-10
     if atoms.pbc.all():
         assert np.isfinite(atoms.get_stress()).all()
+
+
+def test_what_is_no_number_is_no_answer() -> None:
+    """A head that makes infinities of one element: who asks for another one is answered."""
+    ensemble = untrained()
+    embedding = dict(ensemble.members[1].named_parameters())["encoder.embedding.weight"]
+    embedding.data[29] = 1e38
+    calculator = WattierCalculator(ensemble, "a")
+    with pytest.raises(DataError, match="NaN or infinite"):
+        calculator.get_potential_energy(bulk("Cu"))
+    assert np.isfinite(calculator.get_potential_energy(methanol()))
+    both = [structure_of(atoms) for atoms in (methanol(), bulk("Cu"))]
+    with pytest.raises(DataError, match=r"^structure 1: what members say of it is NaN"):
+        ensemble.predict(both, "a")
+    unheard = replace(ensemble, weights=(0.5, 0.0, 0.5))
+    assert np.isfinite(unheard.predict(both, "a").energy_ev).all()
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
