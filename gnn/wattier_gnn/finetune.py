@@ -138,13 +138,19 @@ def adapted(model: FoundationModel, origin: int, source: str, *, freeze: bool) -
     return tuned
 
 
-def unadapted_errors(release: Ensemble, store: Store, origin: int, split: int) -> tuple[float, float | None]:
-    """Mean absolute errors of a release as it is, for its source `origin`: eV/atom, and eV/Angstrom where known."""
+def unadapted_errors(
+    release: Ensemble, store: Store, origin: int, split: int, references_ev: Any = None
+) -> tuple[float, float | None]:
+    """Mean absolute errors of a release as it is, for its source `origin`: eV/atom, and eV/Angstrom where known.
+
+    references_ev: [119] to take in place of the release's own.
+    """
+    references = release.references_ev[origin] if references_ev is None else references_ev
     indices, energy, force = store.indices(split), [], []
     for step in cut_into_steps(indices, LIMITS, store.n_atoms, store.n_edges):
         arrays = _as_source(store, step, origin)
         n_atoms = np.diff(arrays["atom_offset"])
-        baseline = composition(arrays["numbers"], n_atoms) @ release.references_ev[origin]
+        baseline = composition(arrays["numbers"], n_atoms) @ references
         said = release.combine(release.members_say(arrays), baseline)
         energy.append(np.abs(said.energy_ev - arrays["energy"]) / n_atoms)
         force.append(np.abs(said.forces_ev_per_angstrom - arrays["forces"])[arrays["force_mask"]].ravel())

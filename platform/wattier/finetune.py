@@ -97,7 +97,8 @@ def fine_tune(task: FineTuning, say: Say) -> Path:
             ensemble, predict_split(ensemble, store, TEST, LIMITS), np.array([len(store.indices(TRAIN))])
         )
         before = unadapted_errors(release, store, alignment.origin, TEST)
-    return _write(task, release, manifest, store, alignment, ensemble, finite_or_none(figures), before, say)
+        start, _ = unadapted_errors(release, store, alignment.origin, TEST, alignment.references_ev)
+    return _write(task, release, manifest, store, alignment, ensemble, finite_or_none(figures), before, start, say)
 
 
 def _refuse_other_work(task: FineTuning) -> None:
@@ -208,6 +209,7 @@ def _write(  # noqa: PLR0913, PLR0917  (what a release is made of)
     ensemble: Ensemble,
     figures: dict[str, Any],
     before: tuple[float, float | None],
+    start: float,
     say: Say,
 ) -> Path:
     names, ledger = list(manifest["members"]), _ledger(task.work)
@@ -238,6 +240,11 @@ def _write(  # noqa: PLR0913, PLR0917  (what a release is made of)
         f"test errors: energy {before[0]:.3g} -> {after['energy_mae_ev_per_atom']:.3g} eV/atom{force}, for "
         f"{format_joules(ledger.total.joules)} ({ledger.total.method})"
     )
+    if after["energy_mae_ev_per_atom"] > start:
+        say(
+            f"warning: aligned, the release had {start:.3g} eV/atom before any training, which made it worse. Give "
+            "more structures, a lower --learning-rate, or --freeze"
+        )
     return made
 
 

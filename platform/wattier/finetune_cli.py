@@ -39,6 +39,7 @@ def finetune(  # noqa: PLR0913, PLR0917  (one parameter an option)
     before the job's time is up it saves and ends with exit code 75.
     """
     from wattier.console import IngestConsole, words_of_departure
+    from wattier.data_cli import EXIT_INTERRUPTED
     from wattier.departure import EXIT_NOT_FINISHED, NotFinishedError, leaving_in_time
     from wattier.finetune import FineTuning, fine_tune
     from wattier.walltime import limit_of
@@ -64,6 +65,9 @@ def finetune(  # noqa: PLR0913, PLR0917  (one parameter an option)
         except NotFinishedError as why:
             typer.echo(f"Not finished ({why}). What was done is saved; the same command goes on from here.", err=True)
             raise typer.Exit(EXIT_NOT_FINISHED) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted. Checkpoints are kept; the same command goes on from the last one.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
     shutil.rmtree(task.work.path)
     typer.echo(f"Release: {made}")
 

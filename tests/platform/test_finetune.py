@@ -251,6 +251,23 @@ def test_what_cannot_be_learnt_from_is_one_line(release, tmp_path, spoil, option
     assert not (tmp_path / "out.work").exists(), "the mended file would be refused as another one"
 
 
+def test_interrupted_it_says_how_to_go_on_and_what_is_worse_than_before_is_said(
+    release, user_file, tmp_path, monkeypatch
+):
+    options = (release, user_file, "-o", tmp_path / "out", "--epochs", 1, "--learning-rate", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        done = finetune(*options)
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.output
+    assert (tmp_path / "out.work").exists()
+    monkeypatch.setattr("wattier.finetune.SECONDS_BETWEEN_LINES", 0.0)
+    done = finetune(*options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "m0: epoch 1 of at most 1" in done.output
+    assert "which made it worse" in done.output
+
+
 def test_a_folder_of_somebody_else_is_not_overwritten(release, user_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
