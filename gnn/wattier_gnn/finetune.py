@@ -117,6 +117,12 @@ def unseen_elements(release: Ensemble, store: Store) -> list[int]:
     return [int(z) for z in about["elements"] if not seen[z]]
 
 
+def has_forces(store: Store) -> bool:
+    """Whether any training structure has forces."""
+    steps = cut_into_steps(store.indices(TRAIN), LIMITS, store.n_atoms, store.n_edges)
+    return any(store.gather(step, edges=False)["force_mask"].any() for step in steps)
+
+
 def adapted(model: FoundationModel, origin: int, source: str, *, freeze: bool) -> FoundationModel:
     """The same network for one source: it answers what the model answers for its source `origin`.
 

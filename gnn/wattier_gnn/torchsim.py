@@ -87,10 +87,8 @@ class WattierModel(ModelInterface):  # type: ignore[misc]  # TorchSim is not ins
         said = {"energy": prediction.energy_ev, "forces": prediction.forces_ev_per_angstrom}
         if self._compute_stress:
             said["stress"] = prediction.stress_ev_per_angstrom3
-        if self.ensemble.knows_energy_std:
-            said["energy_std"] = prediction.energy_std_ev
-        if self.ensemble.knows_forces_std:
-            said["forces_std"] = prediction.forces_std_ev_per_angstrom
+        spreads = {"energy_std": prediction.energy_std_ev, "forces_std": prediction.forces_std_ev_per_angstrom}
+        said |= {name: values for name, values in spreads.items() if np.isfinite(values).all()}
         return {name: torch.as_tensor(x, dtype=self._dtype, device=self._device) for name, x in said.items()}
 
 

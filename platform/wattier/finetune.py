@@ -28,7 +28,16 @@ from wattier.units import format_joules, format_loss
 from wattier_gnn.datasets import SYMBOLS
 from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.files import sha256_of
-from wattier_gnn.finetune import LIMITS, Alignment, TunedStore, adapted, align, unadapted_errors, unseen_elements
+from wattier_gnn.finetune import (
+    LIMITS,
+    Alignment,
+    TunedStore,
+    adapted,
+    align,
+    has_forces,
+    unadapted_errors,
+    unseen_elements,
+)
 from wattier_gnn.ingest import ingest
 from wattier_gnn.model import count_parameters
 from wattier_gnn.release import MANIFEST, load_release, read_release_manifest
@@ -142,6 +151,11 @@ def _aligned(task: FineTuning, release: Ensemble, say: Say) -> tuple[TunedStore,
         say(
             "warning: too few groups to keep apart, so frames are dealt one by one: validation and test are of frames "
             "like those of training"
+        )
+    if not (task.freeze or release.is_conservative or has_forces(store)):
+        say(
+            "warning: your data have no forces, so force heads learn nothing while what they read changes: of what is "
+            "made take the gradient, by conservative=True or --conservative; or give --freeze"
         )
     store.align(alignment)
     say(
