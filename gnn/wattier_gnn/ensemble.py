@@ -20,7 +20,6 @@ from wattier_gnn.store import join, structures_to_arrays
 from wattier_gnn.structure import DataError, Structure
 from wattier_gnn.unfit import overlapping, unfit
 
-
 SMALLEST_FREEDOM = 1e-9  # below it one member has all the weight, but for rounding
 
 
