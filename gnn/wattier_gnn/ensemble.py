@@ -20,6 +20,8 @@ from wattier_gnn.store import join, structures_to_arrays
 from wattier_gnn.structure import DataError, Structure
 from wattier_gnn.unfit import overlapping, unfit
 
+SMALLEST_FREEDOM = 1e-9  # below it one member has all the weight, but for rounding
+
 
 @dataclass(frozen=True)
 class EnsemblePrediction:
@@ -301,7 +303,8 @@ def weighted_mean(values: Any, weights: Any) -> Any:
 
 def degrees_of_freedom(weights: Any) -> float:
     """Of the spread of members with weights [M]: M - 1 where they are alike, 0 where one has all the weight."""
-    return max(1 / float(np.square(weights).sum()) - 1, 0.0)
+    shared = float(np.square(weights).sum())
+    return 1 / shared - 1 if 1 - shared > SMALLEST_FREEDOM else 0.0
 
 
 def spread(values: Any, weights: Any | None = None) -> Any:
@@ -311,7 +314,7 @@ def spread(values: Any, weights: Any | None = None) -> Any:
     """
     weights = np.full(len(values), 1 / len(values)) if weights is None else weights
     free = 1 - float(np.square(weights).sum())
-    if free < 1e-9:
+    if free <= SMALLEST_FREEDOM:
         return np.full(values.shape[1:], np.nan)
     return np.sqrt(weighted_mean((values - weighted_mean(values, weights)) ** 2, weights) / free)
 

@@ -180,6 +180,9 @@ def test_weights_of_members_decide_the_freedom_of_their_spread() -> None:
     alone = np.array([0.0, 1.0, 0.0, 0.0])
     assert np.isnan(spread(values, alone)).all()
     assert degrees_of_freedom(alone) == 0
+    nearly = np.array([1e-13, 1.0, 0.0, 0.0])  # both know of rounding, or the deviation would be NaN and not unknown
+    assert np.isnan(spread(values, nearly)).all()
+    assert degrees_of_freedom(nearly) == 0
 
 
 def whole() -> dict[str, Any]:
@@ -198,6 +201,9 @@ def test_the_two_factors_of_an_earlier_release_multiply_the_plain_spread() -> No
     sure = found.energy.sureness(said([2.0], source=1))
     assert sure.std[0] == pytest.approx(3.4)
     assert np.isnan(sure.half_width).all()
+    again = EnsembleCalibration.from_dict(json.loads(json.dumps(found.to_dict())), 2)  # exported anew, as schema 2
+    assert again.coverage is None
+    assert again.to_dict() == found.to_dict()
 
 
 def broken(**changes: Any) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def broken(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("data", [
     None, [], "x", {}, {"energy_std_scale": math.nan, "forces_std_scale": 1.0}, {"energy_std_scale": 1.0},
-    broken(coverage=None), broken(coverage=1.0), broken(coverage="0.9"), broken(energy=None), broken(forces=[1]),
+    broken(coverage=0.0), broken(coverage=1.0), broken(coverage="0.9"), broken(energy=None), broken(forces=[1]),
     broken(prior_std=[0.1]), broken(prior_std=[0.1, -1.0]), broken(prior_std=[0.1, None]), broken(prior_dof=math.inf),
     broken(std_scale=[1.0, math.nan]), broken(interval_factor="22"), broken(interval_factor=[True, 1.0]),
     broken(is_own=[1, 0]), broken(is_own={}), broken(prior_std=[0.1] * 10**5),
