@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE)] if str(HERE) not in sys.path else []
 from replay.player import Player, Truth, playing  # noqa: E402  (found beside this file, wherever it is run from)
 
 START_SECONDS = 60.0
+SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 86_400.0  # of a campaign; in less, its stages have no room
 NO_PROMETHEUS = (
     "prometheus is not installed. On Debian and Ubuntu: apt-get install --no-install-recommends prometheus. Or, with "
     "Docker: docker compose -f dashboards/compose.yaml up"
@@ -162,7 +163,7 @@ def _free_port() -> int:
 def main() -> int:
     """Run it until Ctrl-C."""
     parser = argparse.ArgumentParser(description="A replayed campaign, its exporters and Prometheus, on this machine.")
-    parser.add_argument("--seconds", type=float, default=600.0, help="length of the campaign (default 600)")
+    parser.add_argument("--seconds", type=length, default=600.0, help="length of the campaign (default 600)")
     parser.add_argument("--port", type=int, default=9090, help="of Prometheus (default 9090)")
     parser.add_argument("--once", action="store_true", help="play it once instead of again and again")
     options = parser.parse_args()
@@ -188,6 +189,23 @@ def main() -> int:
     return 0
 
 
+def length(text: str) -> float:
+    """A length of the campaign, s, from the command line."""
+    if not SHORTEST_SECONDS <= float(text) <= LONGEST_SECONDS:
+        told = f"is {text}, but must be {SHORTEST_SECONDS:g} to {LONGEST_SECONDS:g}"
+        raise argparse.ArgumentTypeError(told)
+    return float(text)
+
+
+def alerts_page(url: str) -> str:
+    """Where Prometheus shows its alerts: Debian's package has the classic pages alone."""
+    try:
+        with urllib.request.urlopen(f"{url}/alerts", timeout=5):
+            return f"{url}/alerts"
+    except OSError:
+        return f"{url}/classic/alerts"
+
+
 def _told(running: Demo, seconds: float) -> str:
     url = running.prometheus_url
     exporters = "\n".join(f"  exporter    {one}" for one in running.exporter_urls)
@@ -196,7 +214,7 @@ def _told(running: Demo, seconds: float) -> str:
         f"  Prometheus  {url}\n"
         f"  trials      {url}/graph?g0.expr=wattier_campaign_trials&g0.tab=0\n"
         f"  power       {url}/graph?g0.expr=wattier%3Atrial_power_watts%3Asum&g0.tab=0\n"
-        f"  alerts      {url}/alerts\n"
+        f"  alerts      {alerts_page(url)}\n"
         f"{exporters}\n"
         "In Grafana 11.6 or newer: add a Prometheus datasource with the first URL and import dashboards/json/*.json.\n"
         "Ctrl-C stops everything.\n"

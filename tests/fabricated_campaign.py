@@ -5,10 +5,10 @@ import math
 import random
 
 from wattier.config import RunConfig
+from wattier.pareto import non_dominated_ranks
 from wattier.power_trace import PowerTrace
-from wattier.records import EpochRecord, Fidelity, TrialResult
+from wattier.records import EpochRecord, Fidelity, Pick, Selection, Tier, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, write_json
-from wattier.select import select_trials
 from wattier_telemetry import EnergyReport, Share
 from wattier_telemetry.journal import Journal
 
@@ -62,7 +62,7 @@ def fabricate(path, *, trials=400, members=15, seed=0):
         configs = carried + [_params(noise) for _ in range(count - len(carried))]
         rows += [_trial(run, stage, f"{stage}-{i:03d}", params, epochs, noise) for i, params in enumerate(configs)]
         tried = configs
-    selection = select_trials(rows, run.config().select, stage="final", project=lambda t: 10.0 * t.energy_joules)
+    selection = _selection([row for row in rows if row.fidelity.stage == "final"], members)
     write_json(run.selection_path, selection.to_dict())
     finals = {row.trial_id: row for row in rows if row.fidelity.stage == "final"}
     for trial_id in selection.picked:
@@ -128,6 +128,30 @@ def evaluation(rows, noise):
             for i, source in enumerate(SOURCES)
         },
     }
+
+
+def _selection(rows, members):
+    """The lowest losses, and what is cheapest of the rest: as many members as are wanted, whatever rules there are."""
+    candidates = sorted((row for row in rows if row.status == "complete"), key=lambda row: row.val_loss)
+    assert len(candidates) >= members
+    accurate, rest = candidates[: max(1, members // 4)], candidates[max(1, members // 4) :]
+    balanced = sorted(rest, key=lambda row: row.energy_joules)[: members - len(accurate)]
+    ranks = non_dominated_ranks([(row.val_loss, row.energy_joules) for row in candidates])
+    tiers = [
+        Tier(name, f"the {words}", tuple(Pick(row.trial_id, f"it is among the {words}") for row in chosen))
+        for name, words, chosen in (("accurate", "lowest losses", accurate), ("balanced", "cheapest", balanced))
+    ]
+    return Selection(
+        stage="final",
+        tiers=tuple(tiers),
+        front=tuple(row.trial_id for row, rank in zip(candidates, ranks, strict=True) if rank == 0),
+        hypervolume=None,
+        reference_point=None,
+        candidates=tuple(sorted(row.trial_id for row in candidates)),
+        excluded={row.trial_id: f"it ended as {row.status}" for row in rows if row.status != "complete"},
+        projected_joules=10 * sum(row.energy_joules for row in (*accurate, *balanced)),
+        projected_joules_all=10 * sum(row.energy_joules for row in candidates),
+    )
 
 
 def _params(noise):

@@ -117,6 +117,11 @@ def _trials() -> list[AnyPanel]:
             },
             height=7,
         ),
+    ]
+
+
+def _results() -> list[AnyPanel]:
+    return [
         curves(
             "Best loss by stage",
             "Lowest validation loss of the trials that finished the stage.",
@@ -136,7 +141,7 @@ def _trials() -> list[AnyPanel]:
             "Failures by reason",
             "Trials that failed or diverged. Empty while none has.",
             COUNT,
-            Query(f"sort_desc({campaign('failures', 'stage', 'reason')} > 0)", "{{stage}} {{reason}}"),
+            Query(f"sort_desc({campaign('failures', 'stage', 'reason')} > 0)", "{{run}} {{stage}} {{reason}}"),
         ),
         linked(
             curves(
@@ -176,7 +181,8 @@ def _energy() -> list[AnyPanel]:
         ),
         rows(
             "Energy by phase, with bounds",
-            "Between low and high lies the truth, as far as the meters can say.",
+            "Between low and high lies the truth, as far as the meters can say. Of an estimate they say "
+            "nothing: both are empty.",
             {
                 "energy": (campaign("energy_joules", "phase"), JOULES),
                 "low": (campaign("energy_low_joules", "phase"), JOULES),
@@ -189,7 +195,7 @@ def _energy() -> list[AnyPanel]:
                 "Energy by trial",
                 "The 30 largest: last value of each trial's meter in the time range, trials that ended included.",
                 JOULES,
-                Query(f"topk(30, {by_trial})", "{{trial}} {{stage}}"),
+                Query(f"topk(30, {by_trial})", TRIAL),
             ),
             TO_TRIAL,
             TO_REPORT,
@@ -249,6 +255,6 @@ def _speed() -> list[AnyPanel]:
 
 def build() -> grafana.Dashboard:
     """The dashboard."""
-    sections = {"Now": _now(), "Trials": _trials(), "Energy": _energy(), "Speed and power": _speed()}
+    sections = {"Now": _now(), "Trials": [*_trials(), *_results()], "Energy": _energy(), "Speed and power": _speed()}
     about = "A search: trials by stage and status, joules against the budget, loss against joules, and when it ends."
     return dashboard("campaign", about, variables("run", "stage"), sections)

@@ -29,6 +29,13 @@ DEVICE = "{{instance}} {{device}} {{uuid}}"
 GPU, JOB, REASON = 'domain="gpu"', 'job="wattier"', 'reason!="none"'
 SHOWN = 32  # series in a panel of devices, the largest in the time range
 
+PACKAGES = (  # watts of each package: a card is one, and so are the two dies of an MI250X
+    'sum by (instance, package) (wattier_power_watts{instance=~"$host", domain="gpu"} '
+    "* on (instance, uuid) group_left (package) ("
+    'wattier_device_info{instance=~"$host", package!=""} '
+    'or label_replace(wattier_device_info{instance=~"$host", package=""}, "package", "$1", "uuid", "(.*)")))'
+)
+
 
 def device(metric: str, *conditions: str) -> str:
     """A device's own series, on the chosen hosts."""
@@ -42,12 +49,12 @@ def largest(series: str, over: str = "max_over_time") -> str:
 
 def _now() -> list[AnyPanel]:
     up = device("up", JOB)
-    lost = device("wattier_device_up", GPU)
+    lost = f"wattier:devices:count{HOST} - wattier:devices_up:count{HOST}"
     errors = device("wattier_read_errors_total")
     return [
         figure("Power", "All devices of the chosen hosts.", WATTS, Query(f"sum(wattier:power_watts:sum{HOST})")),
         figure("GPUs", "That answer.", COUNT, Query(f"sum(wattier:devices_up:count{HOST})")),
-        figure("GPUs lost", "That their exporter cannot read any more.", COUNT, Query(f"sum(1 - {lost})"), bad=1.0),
+        figure("GPUs lost", "That their exporter cannot read any more.", COUNT, Query(f"sum({lost})"), bad=1.0),
         figure("Exporters down", "Hosts whose exporter does not answer.", COUNT, Query(f"sum(1 - {up})"), bad=1.0),
         figure(
             "Idle watts wasted now",
@@ -101,13 +108,9 @@ def _fleet() -> list[AnyPanel]:
     ]
 
 
-def _trouble() -> list[AnyPanel]:
+def _throttling() -> list[AnyPanel]:
     throttled, counted = device("wattier_throttled", REASON), device("wattier_throttled_seconds_total")
-    gpus = f"count({device('wattier_device_up', GPU)})"
-    lost, up = device("wattier_device_up", GPU), device("up", JOB)
-    lagging = f"wattier:trial_clock_ratio{HOST} < 0.9"
-    dies = device("wattier_ecc_uncorrected_total")
-    held = f"max by (instance, uuid, reason) ({throttled}) > 0"
+    gpus = f"sum(wattier:devices:count{HOST})"
     return [
         curves(
             "Throttled GPUs by reason",
@@ -117,7 +120,7 @@ def _trouble() -> list[AnyPanel]:
             Query(f"sum by (reason) (wattier:throttled:count{HOST})", "{{reason}}"),
             axis="GPUs",
         ),
-        curves(
+        bars(  # one answer for the whole range: as a curve it would read the range anew for each of its points
             "Time throttled",
             "Share of all GPUs' time in the time range, by reason, as the devices count it. Empty where none counts.",
             RATIO,
@@ -126,7 +129,6 @@ def _trouble() -> list[AnyPanel]:
                 f"/ ($__range_s * scalar({gpus}))",
                 "{{reason}}",
             ),
-            axis="share of time",
         ),
         linked(
             time_line(
@@ -139,6 +141,15 @@ def _trouble() -> list[AnyPanel]:
             ),
             TO_HOST,
         ),
+    ]
+
+
+def _trouble() -> list[AnyPanel]:
+    lost, up = device("wattier_device_up", GPU), device("up", JOB)
+    lagging = f"wattier:trial_clock_ratio{HOST} < 0.9"
+    dies = device("wattier_ecc_uncorrected_total")
+    held = f"max by (instance, uuid, reason) ({device('wattier_throttled', REASON)}) > 0"
+    return [
         curves(
             "Idle watts wasted",
             "Power of GPUs that belong to a trial and are busy less than 5 % of the time, by host; the largest.",
@@ -190,12 +201,6 @@ def _trouble() -> list[AnyPanel]:
 
 
 def _hosts() -> list[AnyPanel]:
-    packages = (
-        'sum by (instance, package) (wattier_power_watts{instance=~"$host", domain="gpu"} '
-        "* on (instance, uuid) group_left (package) ("
-        'wattier_device_info{instance=~"$host", package!=""} '
-        'or label_replace(wattier_device_info{instance=~"$host", package=""}, "package", "$1", "uuid", "(.*)")))'
-    )
     panels: list[AnyPanel] = [
         linked(
             curves(title, text, unit, Query(largest(series), legend), axis=axis),
@@ -250,7 +255,7 @@ def _hosts() -> list[AnyPanel]:
             "Power by package",
             f"The {SHOWN} largest now. A card is a package; so are the two dies of an MI250X: their sum.",
             WATTS,
-            Query(f"topk({SHOWN}, {packages})", "{{instance}} {{package}}"),
+            Query(f"topk({SHOWN}, {PACKAGES})", "{{instance}} {{package}}"),
             axis="power",
         ),
         *panels[1:],
@@ -259,5 +264,5 @@ def _hosts() -> list[AnyPanel]:
 
 def build() -> grafana.Dashboard:
     """The dashboard."""
-    sections = {"Now": _now(), "All GPUs": _fleet(), "Trouble": _trouble(), "Chosen hosts": _hosts()}
+    sections = {"Now": _now(), "All GPUs": _fleet(), "Trouble": [*_throttling(), *_trouble()], "Chosen hosts": _hosts()}
     return dashboard("fleet", "The GPUs of all hosts, and what goes wrong.", variables("host"), sections)

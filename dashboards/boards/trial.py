@@ -99,6 +99,19 @@ def _learning() -> list[AnyPanel]:
     ]
 
 
+def _ranks() -> AnyPanel:
+    return rows(
+        "Ranks and devices",
+        "Which rank is on which device, and what part of it is the trial's.",
+        {
+            "registered": (
+                f"max by (trial, rank, instance, uuid, fraction) (last_over_time({INFO}[$__range]))",
+                COUNT,
+            )
+        },
+    )
+
+
 def _devices() -> list[AnyPanel]:
     held = devices("wattier_throttled")
     by_reason = devices('wattier_throttled{reason!="none"}')
@@ -156,16 +169,7 @@ def _devices() -> list[AnyPanel]:
             Query(f"max({held})", "any reason"),
             Query(f"max by (reason) ({by_reason})", "{{reason}}"),
         ),
-        rows(
-            "Ranks and devices",
-            "Which rank is on which device, and what part of it is the trial's.",
-            {
-                "registered": (
-                    f"max by (trial, rank, instance, uuid, fraction) (last_over_time({INFO}[$__range]))",
-                    COUNT,
-                )
-            },
-        ),
+        _ranks(),
     ]
 
 

@@ -13,7 +13,7 @@ from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from wattier_gnn.devices import chosen_device
-from wattier_gnn.ensemble import Ensemble, EnsemblePrediction
+from wattier_gnn.ensemble import Ensemble, EnsemblePrediction, weighted_mean
 from wattier_gnn.model import source_index_of
 from wattier_gnn.release import load_release
 from wattier_gnn.structure import Structure
@@ -40,7 +40,8 @@ class WattierCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
     the strain derivative of the energy; where they are known energy_std and forces_std (calibrated, on the forces that
     members were trained for) and stress_std (as the members spread); and where there are several members what MACE's
     calculator says of a committee, under its names: of each member energy_comm [M], forces_comm [M, N, 3] and
-    stress_comm [M, 6], and of all energy_var, forces_var and stress_var, the variances over members, not calibrated.
+    stress_comm [M, 6], and of all energy_var, forces_var and stress_var, the variances over members by their weights,
+    not calibrated.
 
     Attributes:
         is_conservative: whether forces are minus the gradient of the energy, as molecular dynamics and geometry
@@ -72,10 +73,9 @@ class WattierCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         self.ensemble = ensemble.moved(chosen_device(device), getattr(torch, precision))
         self.source, self.conservative = source, conservative
         self.is_conservative = conservative or ensemble.is_conservative
-        if len(ensemble.members) > 1:
-            self.implemented_properties = [*PROPERTIES, *SPREADS, *COMMITTEE]
-        elif any(member.config.energy_variance for member in ensemble.members):
-            self.implemented_properties = [*PROPERTIES, "energy_std"]
+        spreads = SPREADS if ensemble.knows_forces_std else SPREADS[:1] if ensemble.knows_energy_std else ()
+        committee = COMMITTEE if len(ensemble.members) > 1 else ()
+        self.implemented_properties = [*PROPERTIES, *spreads, *committee]
 
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
@@ -99,15 +99,15 @@ class WattierCalculator(Calculator):  # type: ignore[misc]  # ASE has no types
         prediction = self.ensemble.predict(
             [structure_of(self.atoms)], self.source, stress=stress, conservative=self.conservative
         )
-        self.results = _results(prediction)
+        self.results = _results(prediction, self.ensemble.weights_of_members)
 
     def export_properties(self) -> Properties:
         """The results that ASE has a name for."""
         return Properties({name: value for name, value in self.results.items() if name in all_outputs})
 
 
-def _results(prediction: EnsemblePrediction) -> dict[str, Any]:
-    """The prediction for one structure under ASE's and MACE's names."""
+def _results(prediction: EnsemblePrediction, weights: Any) -> dict[str, Any]:
+    """The prediction for one structure, of members with weights [M], under ASE's and MACE's names."""
     energy = float(prediction.energy_ev[0])
     results: dict[str, Any] = {
         "energy": energy,
@@ -125,8 +125,13 @@ def _results(prediction: EnsemblePrediction) -> dict[str, Any]:
     # What is not known, as where one member has no other to disagree with, is not there.
     results |= {name: values for name, values in spreads.items() if np.isfinite(values).all()}
     if len(prediction.member_energies_ev) > 1:
-        results |= {n.replace("_comm", "_var"): v.var(axis=0) for n, v in results.items() if n in COMMITTEE}
+        results |= {n.replace("_comm", "_var"): _variance(v, weights) for n, v in results.items() if n in COMMITTEE}
     return {name: float(value) if np.ndim(value) == 0 else value for name, value in results.items()}
+
+
+def _variance(values: Any, weights: Any) -> Any:
+    """Over members [M, ...] about the answer: with equal weights MACE's, which divides by M."""
+    return weighted_mean((values - weighted_mean(values, weights)) ** 2, weights)
 
 
 def structure_of(atoms: Atoms) -> Structure:

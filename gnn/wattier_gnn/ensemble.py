@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,6 +96,17 @@ class Ensemble:
         return all("conservative" in member.properties for member in self.members)
 
     @property
+    def knows_forces_std(self) -> bool:
+        """Whether forces have a standard deviation: where two members or more are heard, they can disagree."""
+        return degrees_of_freedom(self.weights_of_members) > 0
+
+    @property
+    def knows_energy_std(self) -> bool:
+        """Whether energies have one: as forces, or where every member that is heard has a head that says its own."""
+        heard = (m for m, weight in zip(self.members, self.weights_of_members, strict=True) if weight > 0)
+        return self.knows_forces_std or all(member.config.energy_variance for member in heard)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the members' weights, and of what they compute."""
         return next(self.members[0].parameters()).dtype
@@ -118,8 +129,17 @@ class Ensemble:
         """Predict the structures of some arrays, see `structures_to_arrays`, with edges within `cutoff_angstrom`.
 
         baseline_ev [B] is the composition reference of each structure; stress, conservative: see `members_say`.
+
+        Raises:
+            DataError: an energy or a force is no number.
         """
-        prediction = self.combine(self.members_say(arrays, stress=stress, conservative=conservative), baseline_ev)
+        said = self.members_say(arrays, stress=stress, conservative=conservative)
+        if (k := _first_without_a_number(said, self.weights_of_members)) is not None:
+            raise DataError(
+                f"{_of_many(k, said.n_atoms)}what members say of it is NaN or infinite, but must be a number. Look at "
+                "the structure; if it is as others are, do not use this release."
+            )
+        prediction = self.combine(said, baseline_ev)
         if self.domain is None:
             return prediction
         return replace(prediction, out_of_distribution=self.domain.reasons(arrays))
@@ -191,8 +211,8 @@ class Ensemble:
 
         Raises:
             ValueError: no head for that source, or no structure.
-            DataError: a structure that no answer can be given for, or an element that the source's training data did
-                not hold.
+            DataError: a structure that no answer can be given for, as one with an element that the source's training
+                data did not hold.
         """
         if not structures:
             raise ValueError("structures is empty, but must hold at least one structure")
@@ -296,9 +316,18 @@ def spread(values: Any, weights: Any | None = None) -> Any:
     return np.sqrt(weighted_mean((values - weighted_mean(values, weights)) ** 2, weights) / free)
 
 
-def _of_many(index: int, structures: Sequence[Structure]) -> str:
+def _first_without_a_number(said: MemberNumbers, weights: Any) -> int | None:
+    """The first structure of whose energy or forces a member with a weight says no number."""
+    heard = np.flatnonzero(weights)
+    lost = ~np.isfinite(said.energies_ev[heard]).all(axis=0)
+    atoms = ~np.isfinite(said.forces_ev_per_angstrom[heard]).all(axis=(0, 2))
+    lost[np.repeat(np.arange(len(lost)), said.n_atoms)[atoms]] = True
+    return int(lost.argmax()) if lost.any() else None
+
+
+def _of_many(index: int, many: Sized) -> str:
     """Which one is meant."""
-    return f"structure {index}: " if len(structures) > 1 else ""
+    return f"structure {index}: " if len(many) > 1 else ""
 
 
 def _of_source(structure: Structure, source: str) -> Structure:

@@ -16,7 +16,7 @@ import numpy as np
 from wattier_gnn.batching import StepLimits, cut_into_steps
 from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.model import FoundationModel, build_model
-from wattier_gnn.reference import MAX_ATOMIC_NUMBER, composition, fit_reference
+from wattier_gnn.reference import MAX_ATOMIC_NUMBER, composition, fit_correction
 from wattier_gnn.splits import SPLIT_NAMES, TEST, TRAIN, VAL
 from wattier_gnn.store import Store
 from wattier_gnn.structure import DataError
@@ -32,7 +32,8 @@ class Alignment(NamedTuple):
 
     origin: position of the source of the release that explains them best; its head is what training begins with.
     references_ev: float64 [119], composition reference of the new source; 0 for elements that do not occur.
-    residual_ev_per_atom: root mean square of what that head and these references leave, before any training.
+    residual_ev_per_atom: root mean square of what that head and such references leave, before any training, of
+    structures that they were not fitted to (leave-one-out).
     unaligned_ev_per_atom: the same with the release's own references.
     """
 
@@ -88,8 +89,8 @@ def _dealt(n: int, seed: int) -> Any:
 def align(release: Ensemble, store: Store, source: str) -> Alignment:
     """Find the source of a release whose head explains new energies best, and the references that it then needs.
 
-    The references are those of that source, corrected by a least-squares fit of what its head leaves: of few
-    compositions, or of one, the shortest correction, so that what the data cannot tell stays as the release has it.
+    The references are those of that source, corrected by a fit to what its head leaves that is made for few structures:
+    see `fit_correction`. Of one composition, which cannot tell elements apart, all get the same shift.
     A source of the release keeps its references: its level of theory is the release's.
     """
     indices = np.random.default_rng(0).permutation(store.indices(TRAIN))[:MOST_ALIGNED]
@@ -102,10 +103,10 @@ def align(release: Ensemble, store: Store, source: str) -> Alignment:
         known = release.references_ev[origin]
         left = energy - _mean_energies(release, store, indices, origin) - counts @ known
         free = present & (known == 0) if source in release.sources else present
-        correction = fit_reference(np.where(free, counts, 0.0), left)
-        rms = [float(np.sqrt(np.mean((e / n_atoms) ** 2))) for e in (left - counts @ correction, left)]
+        correction, error = fit_correction(np.where(free, counts, 0.0), n_atoms, left)
+        apart = float(np.sqrt(np.mean((left / n_atoms) ** 2)))
         unknown = int(np.count_nonzero(known[present] == 0))
-        found.append((unknown, rms[0], Alignment(origin, np.where(present, known + correction, 0.0), *rms)))
+        found.append((unknown, error, Alignment(origin, np.where(present, known + correction, 0.0), error, apart)))
     return min(found, key=lambda entry: entry[:2])[2]
 
 
@@ -114,6 +115,12 @@ def unseen_elements(release: Ensemble, store: Store) -> list[int]:
     (about,) = store.meta["by_source"].values()
     seen: Any = np.asarray(release.references_ev).any(axis=0)
     return [int(z) for z in about["elements"] if not seen[z]]
+
+
+def has_forces(store: Store) -> bool:
+    """Whether any training structure has forces."""
+    steps = cut_into_steps(store.indices(TRAIN), LIMITS, store.n_atoms, store.n_edges)
+    return any(store.gather(step, edges=False)["force_mask"].any() for step in steps)
 
 
 def adapted(model: FoundationModel, origin: int, source: str, *, freeze: bool) -> FoundationModel:
@@ -137,13 +144,19 @@ def adapted(model: FoundationModel, origin: int, source: str, *, freeze: bool) -
     return tuned
 
 
-def unadapted_errors(release: Ensemble, store: Store, origin: int, split: int) -> tuple[float, float | None]:
-    """Mean absolute errors of a release as it is, for its source `origin`: eV/atom, and eV/Angstrom where known."""
+def unadapted_errors(
+    release: Ensemble, store: Store, origin: int, split: int, references_ev: Any = None
+) -> tuple[float, float | None]:
+    """Mean absolute errors of a release as it is, for its source `origin`: eV/atom, and eV/Angstrom where known.
+
+    references_ev: [119] to take in place of the release's own.
+    """
+    references = release.references_ev[origin] if references_ev is None else references_ev
     indices, energy, force = store.indices(split), [], []
     for step in cut_into_steps(indices, LIMITS, store.n_atoms, store.n_edges):
         arrays = _as_source(store, step, origin)
         n_atoms = np.diff(arrays["atom_offset"])
-        baseline = composition(arrays["numbers"], n_atoms) @ release.references_ev[origin]
+        baseline = composition(arrays["numbers"], n_atoms) @ references
         said = release.combine(release.members_say(arrays), baseline)
         energy.append(np.abs(said.energy_ev - arrays["energy"]) / n_atoms)
         force.append(np.abs(said.forces_ev_per_angstrom - arrays["forces"])[arrays["force_mask"]].ravel())

@@ -101,10 +101,7 @@ def predict_files(  # noqa: PLR0913
         ValueError: no such source.
     """
     source_index_of(ensemble.sources, source)
-    if out.suffix not in SUFFIXES:
-        raise DataError(f"{out}: ends in {out.suffix!r}, but must end in .xyz or .extxyz, the format that is written.")
-    if any(out.exists() and file.exists() and out.samefile(file) for file in files):
-        raise DataError(f"{out}: is read from, but must be another file. Give another name.")
+    _refuse_output(out, files)
     tally = Tally()
 
     def bad(message: str) -> None:
@@ -129,6 +126,13 @@ def predict_files(  # noqa: PLR0913
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}). Name another file.") from error
     return tally
+
+
+def _refuse_output(out: Path, files: Sequence[Path]) -> None:
+    if out.suffix not in SUFFIXES:
+        raise DataError(f"{out}: ends in {out.suffix!r}, but must end in .xyz or .extxyz, the format that is written.")
+    if any(out.exists() and file.exists() and out.samefile(file) for file in files):
+        raise DataError(f"{out}: is read from, but must be another file. Give another name.")
 
 
 def _batches(files: Sequence[Path], most: int, bad: Callable[[str], None]) -> Iterator[list[Frame]]:

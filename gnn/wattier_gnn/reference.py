@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 MAX_ATOMIC_NUMBER = 118
+RIDGES = (0.0, *(10.0**k for k in range(-8, 4)))  # by the squares of shares of elements, which add up to the structures
+SMALLEST_FREEDOM = 1e-9
 RELATIVE_CUTOFF = 1e-10  # singular values below this share of the largest count as zero
 
 
@@ -92,3 +94,49 @@ def fit_reference(counts: Any, energies_ev: Any) -> Any:
         solution, *_ = np.linalg.lstsq(counts[:, present], energies_ev, rcond=RELATIVE_CUTOFF)
         coefficients[present] = solution
     return coefficients
+
+
+def fit_correction(counts: Any, n_atoms: Any, energies_ev: Any) -> tuple[Any, float]:
+    """A correction [119] in eV of references, from few structures, and how far off it is on others.
+
+    Fewer structures than elements are fitted exactly by least squares, and by as much wrongly anywhere else. So here
+    energies by atom are explained by one shift that all elements share and a deviation of each, and a ridge holds the
+    deviations back: the one whose leave-one-out errors, known in closed form (Allen, Technometrics 16, 125 (1974)), are
+    least.
+
+    Args:
+        counts: [B, 119] atoms of each element that may be corrected; of the others 0, and their correction is 0.
+        n_atoms: [B] atoms of each structure.
+        energies_ev: [B] what is to be explained.
+
+    Returns:
+        The correction, and the root mean square of its leave-one-out errors in eV/atom.
+    """
+    present = counts.any(axis=0)
+    x, y = counts / n_atoms[:, None], energies_ev / n_atoms
+    if not present.any():
+        return np.zeros(len(present)), _root_mean_square(y)
+    shared = x.sum(axis=1)  # what one shift of all elements explains is taken out first, and is not held back
+    axis = shared / np.linalg.norm(shared)
+    rows, left = x - np.outer(axis, axis @ x), y - axis * (axis @ y)
+    u, s, vt = np.linalg.svd(rows, full_matrices=False)
+    known = s > RELATIVE_CUTOFF * np.linalg.norm(x)
+    u, s, vt = u[:, known], s[known], vt[known]
+    seen = u.T @ left
+    outside, alone = left - u @ seen, np.clip(1 - axis**2 - np.square(u).sum(axis=1), 0, None)
+    best: tuple[float, Any] = (np.inf, np.zeros(len(present)))
+    for ridge in RIDGES:
+        kept = ridge / (s**2 + ridge)  # of each direction, the share that is left unexplained
+        free = alone + np.square(u) @ kept
+        if free.min() < SMALLEST_FREEDOM and ridge != RIDGES[-1]:
+            continue  # some structure is explained by itself alone, which tells nothing
+        error = _root_mean_square((outside + u @ (kept * seen)) / np.maximum(free, SMALLEST_FREEDOM))
+        if error < 0.999 * best[0]:  # of equally good ones the smallest
+            best = error, vt.T @ (s / (s**2 + ridge) * seen)
+    error, deviations = best
+    shift = float(axis @ (y - x @ deviations)) / float(np.linalg.norm(shared))
+    return np.where(present, deviations + shift, 0.0), error
+
+
+def _root_mean_square(values: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))

@@ -17,6 +17,8 @@ from wattier_gnn.release_files import parse_json_object
 from wattier_gnn.structure import DataError
 from wattier_gnn.workload import n_parameters
 
+MAX_CUTOFF_ANGSTROM = 100.0  # a crystal has a million neighbours within that, and a billion within ten times that
+
 
 def weights_bytes(model: FoundationModel) -> bytes:
     """The weights in the format of safetensors, the same for the same weights."""
@@ -80,6 +82,8 @@ def _config(data: dict[str, Any], tensors: dict[str, torch.Tensor], sources: tup
     config = ModelConfig.from_dict(data)
     if config.sources != sources:
         raise ValueError(f"sources are {list(config.sources)!r:.200}, but the release has {list(sources)!r:.200}")
+    if config.cutoff_angstrom > MAX_CUTOFF_ANGSTROM:
+        raise ValueError(f"cutoff_angstrom is {config.cutoff_angstrom:g}, but must be {MAX_CUTOFF_ANGSTROM:g} at most")
     if len(config.energy_scale_ev) != len(config.sources) or min(config.energy_scale_ev) <= 0:
         raise ValueError("energy_scale_ev must hold one number above 0 a source")
     if (n := n_parameters(config)) > n_values:

@@ -76,7 +76,7 @@ class WattierModel(ModelInterface):  # type: ignore[misc]  # TorchSim is not ins
     def forward(self, state: Any, **_kwargs: Any) -> dict[str, Tensor]:
         """Energy [n_systems], forces [n_atoms, 3], stress [n_systems, 3, 3], NaN of systems that do not repeat.
 
-        Where there are several members also energy_std [n_systems] and forces_std [n_atoms, 3], calibrated.
+        Where they are known also energy_std [n_systems] and forces_std [n_atoms, 3], calibrated.
 
         Args:
             state: a ``SimState``, or a dictionary with its positions, cell, pbc, atomic_numbers and system_idx.
@@ -87,8 +87,8 @@ class WattierModel(ModelInterface):  # type: ignore[misc]  # TorchSim is not ins
         said = {"energy": prediction.energy_ev, "forces": prediction.forces_ev_per_angstrom}
         if self._compute_stress:
             said["stress"] = prediction.stress_ev_per_angstrom3
-        if len(self.ensemble.members) > 1:
-            said |= {"energy_std": prediction.energy_std_ev, "forces_std": prediction.forces_std_ev_per_angstrom}
+        spreads = {"energy_std": prediction.energy_std_ev, "forces_std": prediction.forces_std_ev_per_angstrom}
+        said |= {name: values for name, values in spreads.items() if np.isfinite(values).all()}
         return {name: torch.as_tensor(x, dtype=self._dtype, device=self._device) for name, x in said.items()}
 
 

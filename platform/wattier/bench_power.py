@@ -79,7 +79,10 @@ def measure_sizes(plan: PowerPlan, say: Callable[[str], None]) -> list[SizePower
     check_source(plan.telemetry)
     if plan.out.exists() and not plan.out.is_dir():
         raise UserError(f"--out: is {plan.out}, which is a file, but must be a folder. Give another one.")
-    plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {plan.out} cannot be made ({error.strerror}). Give another one.") from error
     with hold_lock(plan.out / ".lock") as held:
         if not held:
             raise UserError(f"{plan.out}: another process measures there. Wait for it, or give another --out.")
@@ -171,12 +174,13 @@ def _trained(plan: PowerPlan, name: str, folder: Path, training: SizeTraining) -
         done = training.run(plan.seconds, lambda progress: tell(progress, meter.so_far))
         meter.close()  # before the trace's end is waited for
     report = meter.report
+    low, high = report.stated_bounds_joules
     return {
         **{field.name: getattr(done, field.name) for field in fields(Progress)},
         "seconds": report.seconds,
         "joules": report.joules,
-        "joules_low": report.joules_low,
-        "joules_high": report.joules_high,
+        "joules_low": low,
+        "joules_high": high,
         "method": report.method,
         "coverage_ratio": report.coverage_ratio,
         "peak_memory_bytes": peak_memory_bytes(training.device),

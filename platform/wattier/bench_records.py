@@ -89,8 +89,8 @@ def in_words(result: SizePower) -> str:
     low, best, high = result.joules_per_structure
     if best is None:
         return f"{head}, {speed}, peak memory {peak}; its energy is unknown"
-    between = (f"{bound:.4g}" for bound in (low, high) if bound is not None)
-    bounds = f" ({' to '.join(dict.fromkeys(between))})"
+    between = " to ".join(dict.fromkeys(f"{bound:.4g}" for bound in (low, high) if bound is not None))
+    bounds = f" ({between})" if between else ""
     return (
         f"{head}, {result.mean_watts or 0:.4g} W, {best:.4g} J a structure{bounds}, {speed}, peak memory {peak}; "
         f"{result.method}, {result.seconds or 0:.1f} s, {result.steps} steps"

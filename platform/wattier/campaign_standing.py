@@ -51,7 +51,7 @@ class Joules(NamedTuple):
     @classmethod
     def of(cls, report: EnergyReport) -> Joules:
         """Those of a bill."""
-        return cls(report.joules, report.joules_low, report.joules_high)
+        return cls(report.joules, *report.stated_bounds_joules)
 
 
 class OpenTrial(NamedTuple):

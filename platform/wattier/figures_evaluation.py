@@ -27,7 +27,7 @@ def parity_density_figure(info: EvaluationInfo, source: str, quantity: str) -> g
     true, predicted, series, unit = _points(info, source, quantity)
     if not true:
         return None
-    density = _kept(series.get(f"{_QUANTITIES[quantity][0]}_density"), series) or _density(true, predicted)
+    density = _kept(series.get(f"{_QUANTITIES[quantity][0]}_density")) or _density(true, predicted)
     order = np.argsort(density)  # the crowded ones on top
     colours = [math.log10(max(1.0, density[i])) for i in order]
     figure = _diagonal(true, predicted)
@@ -54,8 +54,8 @@ def parity_bars_figure(info: EvaluationInfo, source: str, quantity: str) -> go.F
     """Predicted against true with bars: the interval where there is one, else the calibrated spread; None without."""
     true, predicted, series, unit = _points(info, source, quantity)
     name, _, suffix = _QUANTITIES[quantity]
-    interval = _kept(series.get(f"{name}_interval_{suffix}"), series)
-    bars = interval or _kept(series.get(f"{name}_std_{suffix}"), series)
+    interval = _kept(series.get(f"{name}_interval_{suffix}"))
+    bars = interval or _kept(series.get(f"{name}_std_{suffix}"))
     if not true or not bars:
         return None
     figure = _diagonal(true, predicted)
@@ -141,11 +141,11 @@ def coverage_figure(rows: Sequence[CoverageRow], quantity: str) -> go.Figure | N
 def _points(info: EvaluationInfo, source: str, quantity: str) -> tuple[list[float], list[float], Any, str]:
     name, unit, suffix = _QUANTITIES[quantity]
     series = info.parity.get(source) or {}
-    true = _kept(series.get(f"{name}_true_{suffix}"), series)
-    return true, _kept(series.get(f"{name}_predicted_{suffix}"), series), series, unit
+    true = _kept(series.get(f"{name}_true_{suffix}"))
+    return true, _kept(series.get(f"{name}_predicted_{suffix}")), series, unit
 
 
-def _kept(values: Sequence[float | None] | None, _series: Any) -> list[float]:
+def _kept(values: Sequence[float | None] | None) -> list[float]:
     """Evenly so many; what is not known is drawn nowhere."""
     known = list(values or [])
     step = max(1, -(-len(known) // MOST_POINTS))

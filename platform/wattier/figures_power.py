@@ -11,7 +11,6 @@ from wattier.views_power import TrialPower
 from wattier.views_search import stage_title
 
 BYTES_PER_GB = 1e9
-MOST_NAMED = 4
 _MINUTES_FROM, _HOURS_FROM = 300.0, 3 * 3600.0
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
@@ -38,7 +37,7 @@ def power_figure(trial: TrialPower) -> go.Figure:
             figure.add_scatter(
                 x=[x[i] for i in hot], y=rounded(line.watts[i] for i in hot), mode="markers", name="throttled",
                 marker={"color": ORANGE, "symbol": "x", "size": 7}, row=1, col=1, showlegend=True,
-                text=[safe(line.throttled[i]) for i in hot], hovertemplate="throttled: %{text}<extra></extra>",
+                text=[safe(line.throttled[i] or "") for i in hot], hovertemplate="throttled: %{text}<extra></extra>",
             )  # fmt: skip
         if has_memory and line.rank not in shown_ranks:  # of the process, not of each of its devices
             shown_ranks.add(line.rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -27,7 +28,16 @@ from wattier.units import format_joules, format_loss
 from wattier_gnn.datasets import SYMBOLS
 from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.files import sha256_of
-from wattier_gnn.finetune import LIMITS, Alignment, TunedStore, adapted, align, unadapted_errors, unseen_elements
+from wattier_gnn.finetune import (
+    LIMITS,
+    Alignment,
+    TunedStore,
+    adapted,
+    align,
+    has_forces,
+    unadapted_errors,
+    unseen_elements,
+)
 from wattier_gnn.ingest import ingest
 from wattier_gnn.model import count_parameters
 from wattier_gnn.release import MANIFEST, load_release, read_release_manifest
@@ -39,6 +49,7 @@ from wattier_telemetry import bill
 
 COVERAGE = 0.9
 LEARNING_RATE_FREE, LEARNING_RATE_FROZEN = 3e-4, 1e-3  # a free backbone is to move a little, new heads a lot
+SECONDS_BETWEEN_LINES = 10.0
 TELEMETRY = TelemetrySection()
 Say = Callable[[str], None]
 
@@ -95,7 +106,8 @@ def fine_tune(task: FineTuning, say: Say) -> Path:
             ensemble, predict_split(ensemble, store, TEST, LIMITS), np.array([len(store.indices(TRAIN))])
         )
         before = unadapted_errors(release, store, alignment.origin, TEST)
-    return _write(task, release, manifest, store, alignment, ensemble, finite_or_none(figures), before, say)
+        start, _ = unadapted_errors(release, store, alignment.origin, TEST, alignment.references_ev)
+    return _write(task, release, manifest, store, alignment, ensemble, finite_or_none(figures), before, start, say)
 
 
 def _refuse_other_work(task: FineTuning) -> None:
@@ -140,6 +152,11 @@ def _aligned(task: FineTuning, release: Ensemble, say: Say) -> tuple[TunedStore,
             "warning: too few groups to keep apart, so frames are dealt one by one: validation and test are of frames "
             "like those of training"
         )
+    if not (task.freeze or release.is_conservative or has_forces(store)):
+        say(
+            "warning: your data have no forces, so force heads learn nothing while what they read changes: of what is "
+            "made take the gradient, by conservative=True or --conservative; or give --freeze"
+        )
     store.align(alignment)
     say(
         f"energies: nearest to source {release.sources[alignment.origin]}; {alignment.unaligned_ev_per_atom:.3g} "
@@ -162,10 +179,18 @@ def _train(  # noqa: PLR0913, PLR0917  (what is trained, on what, and who hears 
     store = TunedStore(task.work.store_path, parent.config.cutoff_angstrom, task.source, task.seed)
     store.align(alignment)
 
+    told = time.monotonic()
+
     def heard(report: EpochReport) -> bool:
+        nonlocal told
         meter.so_far()
         record = EpochRecord(**report.to_dict(), energy_joules=bill(folder).joules)
         append_json_line(folder / "epochs.jsonl", record.to_dict())
+        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            say(
+                f"{name}: epoch {report.epoch} of at most {task.epochs}, validation loss {format_loss(report.val_loss)}"
+            )
         return True
 
     with metered(folder, "rank0", TELEMETRY, on_gpu=device.type == "cuda") as (meter, _):
@@ -198,6 +223,7 @@ def _write(  # noqa: PLR0913, PLR0917  (what a release is made of)
     ensemble: Ensemble,
     figures: dict[str, Any],
     before: tuple[float, float | None],
+    start: float,
     say: Say,
 ) -> Path:
     names, ledger = list(manifest["members"]), _ledger(task.work)
@@ -213,7 +239,7 @@ def _write(  # noqa: PLR0913, PLR0917  (what a release is made of)
     card = CardFacts(
         name=task.output.name, wattier_version=version("wattier"), ensemble=ensemble, member_names=names,
         member_facts=[_facts(task, name) for name in names], evaluation=figures, phases=ledger.phases,
-        total=ledger.total, data=data, parent=str(manifest["name"]),
+        total=ledger.total, data=data, parent=str(manifest["name"]), groups_apart=not store.torn_groups,
     )  # fmt: skip
     made = write_release(
         task.output, ensemble, names, name=card.name, wattier_version=card.wattier_version, facts=card.member_facts,
@@ -228,6 +254,11 @@ def _write(  # noqa: PLR0913, PLR0917  (what a release is made of)
         f"test errors: energy {before[0]:.3g} -> {after['energy_mae_ev_per_atom']:.3g} eV/atom{force}, for "
         f"{format_joules(ledger.total.joules)} ({ledger.total.method})"
     )
+    if after["energy_mae_ev_per_atom"] > start:
+        say(
+            f"warning: aligned, the release had {start:.3g} eV/atom before any training, which made it worse. Give "
+            "more structures, a lower --learning-rate, or --freeze"
+        )
     return made
 
 

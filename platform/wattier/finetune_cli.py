@@ -39,6 +39,7 @@ def finetune(  # noqa: PLR0913, PLR0917  (one parameter an option)
     before the job's time is up it saves and ends with exit code 75.
     """
     from wattier.console import IngestConsole, words_of_departure
+    from wattier.data_cli import EXIT_INTERRUPTED
     from wattier.departure import EXIT_NOT_FINISHED, NotFinishedError, leaving_in_time
     from wattier.finetune import FineTuning, fine_tune
     from wattier.walltime import limit_of
@@ -49,7 +50,7 @@ def finetune(  # noqa: PLR0913, PLR0917  (one parameter an option)
         release, file, output.absolute(), name, freeze, epochs, learning_rate=learning_rate,
         batch_structures=batch_structures, seed=seed,
     )  # fmt: skip
-    _refuse(task.output, name)
+    _refuse(task.output, task.release, name)
     limit = limit_of(walltime, None)
     with task.work.lock(), IngestConsole() as console:
         try:
@@ -64,6 +65,9 @@ def finetune(  # noqa: PLR0913, PLR0917  (one parameter an option)
         except NotFinishedError as why:
             typer.echo(f"Not finished ({why}). What was done is saved; the same command goes on from here.", err=True)
             raise typer.Exit(EXIT_NOT_FINISHED) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted. Checkpoints are kept; the same command goes on from the last one.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
     shutil.rmtree(task.work.path)
     typer.echo(f"Release: {made}")
 
@@ -74,10 +78,12 @@ def _name_of(file: Path) -> str:
     return stem if stem.isidentifier() else f"data_{stem}" if stem else "data"
 
 
-def _refuse(output: Path, name: str) -> None:
+def _refuse(output: Path, release: Path, name: str) -> None:
     from wattier.errors import UserError
 
     if not name.isidentifier():
         raise UserError(f"--source: is {name!r}, but must be a name of letters, digits and _. Give another one.")
+    if output.resolve() == release.resolve():
+        raise UserError(f"--output: {output} is the release to begin from, which would be lost. Name a new folder.")
     if output.exists() and not (output / "manifest.json").is_file():
         raise UserError(f"--output: {output} is there and is no release. Name a new folder.")

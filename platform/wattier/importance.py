@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
-from sklearn.ensemble import RandomForestRegressor
-from sklearn.model_selection import KFold, cross_val_predict
 
 from wattier.records import TrialResult
 from wattier.views_search import LOG_SPREAD, is_number, varied_parameters
@@ -87,6 +85,9 @@ def _importance(objective: str, columns: dict[str, list[Any]], target: NDArray[n
 
 def _explained_ratio(columns: dict[str, list[Any]], values: NDArray[np.float64]) -> float:
     """R² of a forest on trials it has not seen; never below 0."""
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.model_selection import KFold, cross_val_predict
+
     features = np.column_stack([column for name in columns for column in _features(columns[name])])
     forest = RandomForestRegressor(TREES, min_samples_leaf=2, random_state=SEED)
     folds = KFold(5, shuffle=True, random_state=SEED)

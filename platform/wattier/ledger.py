@@ -87,14 +87,16 @@ def trial_bills(run: RunDir, stages: Collection[str] | None = None) -> dict[tupl
     stages: None = all.
 
     A trial that ended by itself wrote its result when all of its ranks had closed their meters, so its record is the
-    sum of its journals, of which there may be thousands. A failed one may have had ranks that went on for a while.
+    sum of its journals, of which there may be thousands. A failed one may have had ranks that went on for a while;
+    where its journals are gone, its record still knows.
     """
     folders = [key for key in trial_folders(run) if stages is None or key[0] in stages]
     rows = [t for t in run.trials() if stages is None or t.fidelity.stage in stages]
     records = {(t.fidelity.stage, t.trial_id): t for t in rows}
     ended = {key for key, trial in records.items() if trial.status in ENDED_BY_ITSELF}
     bills = {key: trial.energy for key, trial in records.items()}
-    return bills | {key: bill(run.trial_folder(*key)) for key in folders if key not in ended}
+    journals = {key: bill(run.trial_folder(*key)) for key in folders if key not in ended}
+    return bills | {key: found for key, found in journals.items() if found.joules is not None or key not in bills}
 
 
 def stages_in_order(run: RunDir, seen: set[str]) -> list[str]:
@@ -124,5 +126,5 @@ def _by_method(report: EnergyReport) -> dict[str, float]:
 def phase_of(name: str, report: EnergyReport, trials: int) -> PhaseEnergy:
     """The bill of a phase."""
     coverage = report.coverage_ratio if report.shares else None
-    bounds = report.joules_low, report.joules_high
+    bounds = report.stated_bounds_joules
     return PhaseEnergy(name, report.joules, report.method, coverage, trials, report.warnings, *bounds)

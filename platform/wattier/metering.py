@@ -47,17 +47,25 @@ def metered(  # noqa: PLR0913  (most are keywords)
         synchronize=_wait_for_cuda if on_gpu else None,
     )
     try:
-        with meter, _trace_beside(meter, source, on_gpu=on_gpu) if traced else nullcontext():
+        with meter, _trace_beside(meter, source, telemetry, on_gpu=on_gpu) if traced else nullcontext():
             yield meter, source
     finally:
         source.close()
 
 
-def _trace_beside(meter: EnergyMeter, source: PowerSource, *, on_gpu: bool) -> AbstractContextManager[None]:
+def _trace_beside(
+    meter: EnergyMeter, source: PowerSource, telemetry: TelemetrySection, *, on_gpu: bool
+) -> AbstractContextManager[None]:
     if meter.journal is None or not source.devices():
         return nullcontext()
     path = meter.journal.with_name(meter.journal.name.removesuffix(JOURNAL_SUFFIX) + TRACE_SUFFIX)
-    return traced_power(path, meter, source.devices(), lambda: held_memory_bytes(on_gpu=on_gpu))
+    return traced_power(
+        path,
+        meter,
+        source.devices(),
+        lambda: held_memory_bytes(on_gpu=on_gpu),
+        least_seconds=telemetry.journal_seconds or 0.0,
+    )
 
 
 def check_source(telemetry: TelemetrySection) -> None:

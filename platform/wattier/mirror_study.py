@@ -59,7 +59,7 @@ def wanted_of_result(result: TrialResult, space: Mapping[str, BaseDistribution])
     params, others = _split(result.params, space)
     energy = result.energy
     figures = (
-        loss, joules, energy.joules_low, energy.joules_high, energy.method, result.epochs_done,
+        loss, joules, *energy.stated_bounds_joules, energy.method, result.epochs_done,
         result.structures_seen, result.wall_seconds, result.n_parameters, result.attempts, result.throttled,
         result.error[:ERROR_CHARACTERS] if result.error else None,
     )  # fmt: skip

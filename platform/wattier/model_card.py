@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
@@ -41,6 +42,7 @@ class CardFacts:
     data: by source: licence, citation, method, structures {train, val, test}, elements [Z], is_sample.
     license: SPDX identifier of the weights.
     parent: name of the release that this one was made from.
+    groups_apart: no group of the held-out structures was trained on.
     """
 
     name: str
@@ -54,6 +56,7 @@ class CardFacts:
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     license: str | None = None
     parent: str | None = None
+    groups_apart: bool = True
 
 
 class Example(NamedTuple):
@@ -83,6 +86,7 @@ def release_texts(facts: CardFacts) -> dict[str, str]:
         "line": _line,
         "cell": _cell,
         "known": _known,
+        "shell": shlex.quote,
         "kwh": _kwh,
         "within": _within,
         "number": _number,
@@ -113,7 +117,9 @@ def _values(facts: CardFacts) -> dict[str, Any]:
         "sources": facts.ensemble.sources,
         "first_source": first,
         "example": example_of(_known_elements(facts.ensemble, first)),
-        "has_std": len(members) > 1,
+        "has_std": facts.ensemble.knows_energy_std,
+        "held_out": _held_out(facts),
+        "groups_apart": facts.groups_apart,
         "metrics": facts.evaluation.get("sources") or {},
         "sureness": _sureness(facts),
         "data": data,
@@ -144,13 +150,21 @@ def front_matter(facts: CardFacts) -> str:
             results.append(
                 {
                     "task": {"type": "graph-ml", "name": "energies and forces of atomistic structures"},
-                    "dataset": {"type": source, "name": f"{source}{sample}, held-out groups", "split": "test"},
+                    "dataset": {
+                        "type": source,
+                        "name": f"{source}{sample}, held-out {_held_out(facts)}",
+                        "split": "test",
+                    },
                     "metrics": known,
                 }
             )
     if results:
         head["model-index"] = [{"name": facts.name, "results": results}]
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _held_out(facts: CardFacts) -> str:
+    return "groups" if facts.groups_apart else "frames"
 
 
 def example_of(elements: frozenset[int]) -> Example:
@@ -212,14 +226,16 @@ def _sureness(facts: CardFacts) -> list[str]:
     energy = (facts.evaluation.get("calibration") or {}).get("energy") or {}
     covered_68, covered_95 = energy.get("coverage_68"), energy.get("coverage_95")
     sentences = []
-    if len(facts.ensemble.members) == 1:
+    n = f"{energy['n']} " if energy.get("n") else ""  # not told by the first versions
+    it = "The spread of the members" if facts.ensemble.knows_forces_std else "What a head expects the energy to err by"
+    if not facts.ensemble.knows_energy_std:
         sentences.append("One member cannot say how sure it is: this release has no uncertainty of a spread.")
     elif covered_68 is None or covered_95 is None:
-        sentences.append("The spread of the members was not held against errors: take it as an order, not as a size.")
+        sentences.append(f"{it} was not held against errors: take it as an order, not as a size.")
     else:
         sentences.append(
-            "The spread of the members, scaled on validation data, is the standard deviation of the answer. Central "
-            f"68 % intervals of the energy cover {100 * covered_68:.0f} % of the held-out errors, 95 % intervals "
+            f"{it}, scaled on validation data, is the standard deviation of the answer. Central 68 % intervals of the "
+            f"energy cover {100 * covered_68:.0f} % of the {n}held-out errors, 95 % intervals "
             f"{100 * covered_95:.0f} %."
         )
     intervals = facts.evaluation.get("intervals") or {}
@@ -229,7 +245,12 @@ def _sureness(facts: CardFacts) -> list[str]:
             f"Energy intervals that should cover {100 * intervals['target']:.0f} % of all errors cover "
             f"{100 * pooled['observed']:.1f} % of those of {pooled['n']} held-out structures."
         )
-    return [*sentences, "That holds for structures like those of the training data, and says nothing of others."]
+    sentences.append("That holds for structures like those of the training data, and says nothing of others.")
+    if facts.ensemble.domain is not None:
+        sentences.append(
+            "`wattier predict` flags those with distances or densities that the training data did not have."
+        )
+    return sentences
 
 
 def _limits(promises: frozenset[str]) -> list[str]:
@@ -241,7 +262,8 @@ def _limits(promises: frozenset[str]) -> list[str]:
     else:
         sentences.append(
             "Forces are predicted directly, by some members at least: they are not the gradient of the energy, so long "
-            "molecular dynamics will drift."
+            "molecular dynamics will drift and relaxations may not end. `conservative=True` (`--conservative`) takes "
+            "the gradient instead, which is less near to the labels than those forces."
         )
     if "equivariant_forces" not in promises:
         sentences.append("Forces do not turn with the structure.")
@@ -279,8 +301,8 @@ def _number(value: float | None, decimals: int) -> str:
 
 
 def _within(phase: PhaseEnergy) -> str:
-    """How far off the joules may be; of an estimate nobody knows, since the bounds are those of its time alone."""
-    if phase.uncertainty_ratio is None or phase.method == "estimated":
+    """How far off the joules may be; of an estimate nobody knows."""
+    if phase.uncertainty_ratio is None:
         return "not stated"
     return f"± {format_ratio(phase.uncertainty_ratio)}"
 

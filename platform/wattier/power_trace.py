@@ -60,11 +60,19 @@ class PowerTrace:
     Args:
         path: the file, ``*.trace.csv``; it must not be there.
         names: of devices by their UUID, for their first lines.
+        period_seconds: time between two lines, until the trace is thinned.
         most_moments: lines of each device, at most.
     """
 
-    def __init__(self, path: Path, names: Mapping[str, str] | None = None, *, most_moments: int = MOST_MOMENTS) -> None:
-        self.path, self.period_seconds = path, FIRST_PERIOD_SECONDS
+    def __init__(
+        self,
+        path: Path,
+        names: Mapping[str, str] | None = None,
+        *,
+        period_seconds: float = FIRST_PERIOD_SECONDS,
+        most_moments: int = MOST_MOMENTS,
+    ) -> None:
+        self.path, self.period_seconds = path, period_seconds
         self._names = names or {}
         self._most = most_moments
         self._moments: list[dict[str, _Line]] = []
@@ -104,37 +112,41 @@ class PowerTrace:
 
 @contextmanager
 def traced_power(
-    path: Path, meter: EnergyMeter, devices: Sequence[Device], memory_bytes: Callable[[], int | None]
+    path: Path,
+    meter: EnergyMeter,
+    devices: Sequence[Device],
+    memory_bytes: Callable[[], int | None],
+    *,
+    least_seconds: float = 0.0,
 ) -> Iterator[None]:
-    """Trace an open meter from a thread of its own until the block ends; a full disk ends the trace, not the trial."""
+    """Trace an open meter from a thread of its own until the block ends; a full disk ends the trace, not the trial.
+
+    Args:
+        path: the file to make.
+        meter: whose joules; each look makes it write its journal.
+        devices: the meter's.
+        memory_bytes: what the process holds.
+        least_seconds: time between two looks, at the least: what the journal was told, for the sake of the file system.
+    """
     stop = threading.Event()
     names = {device.uuid: device.name for device in devices}
-    thread = threading.Thread(
-        target=_follow, args=(path, names, meter, memory_bytes, stop), name="wattier-power-trace", daemon=True
-    )
+    period_seconds = max(FIRST_PERIOD_SECONDS, least_seconds)
+
+    def follow() -> None:
+        with suppress(OSError):
+            trace, ended = PowerTrace(path, names, period_seconds=period_seconds), False
+            while not ended:
+                ended = stop.is_set()
+                trace.add(meter.so_far(), memory_bytes())
+                stop.wait(trace.period_seconds)
+
+    thread = threading.Thread(target=follow, name="wattier-power-trace", daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
-
-
-def _follow(
-    path: Path,
-    names: Mapping[str, str],
-    meter: EnergyMeter,
-    memory_bytes: Callable[[], int | None],
-    stop: threading.Event,
-) -> None:
-    with suppress(OSError):
-        trace = PowerTrace(path, names)
-        while True:
-            ended = stop.is_set()
-            trace.add(meter.so_far(), memory_bytes())
-            if ended:
-                return
-            stop.wait(trace.period_seconds)
 
 
 def _line(share: Share, before: _Line | None, memory_bytes: int | None) -> _Line:

@@ -133,12 +133,11 @@ def energy_by_phase(ledger: LedgerInfo) -> list[dict[str, Any]]:
 
 
 def _phase(phase: PhaseEnergy) -> dict[str, Any]:
-    bounds_known = phase.method != "estimated"  # those of an estimate are of its time, not of its watts
     return {
         "phase": phase.phase,
         "joules": phase.joules,
-        "joules_low": phase.joules_low if bounds_known else None,
-        "joules_high": phase.joules_high if bounds_known else None,
+        "joules_low": phase.joules_low,
+        "joules_high": phase.joules_high,
         "method": phase.method,
         "coverage_ratio": phase.coverage_ratio,
         "trials": phase.trials,

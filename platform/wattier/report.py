@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from wattier.errors import UserError
 from wattier.figure_style import NIGHT_TEMPLATE, TEMPLATE, in_script
 from wattier.findings import Findings, gather
-from wattier.report_figures import drawings, funnel_table, power_table, tight
+from wattier.report_figures import as_sentence, drawings, funnel_table, power_table, tight
 from wattier.report_formats import to_csv, to_json
 from wattier.report_summary import format_number, how_known, share, summary
 from wattier.rundir import RunDir, write_text
@@ -123,7 +123,12 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": format_ratio, "number": format_number, "count": format_count}
+    environment.filters |= {
+        "sentence": as_sentence,
+        "percent": format_ratio,
+        "number": format_number,
+        "count": format_count,
+    }
     return environment
 
 

@@ -18,6 +18,7 @@ from wattier.units import UNKNOWN, format_joules, format_joules_alike, format_ra
 from wattier.views_search import STATUSES, FunnelStage, stage_title
 
 MOST_ROWS = 25  # of a table beside a figure
+LEAST_WHOLE_WATTS = 100  # from here on whole watts, which are three digits or more
 NONE, NO_BREAK = "\u2013", "\u00a0"
 _TOP_PIXELS = 20
 _UNITS = re.compile(r"(?<=\d) (?=(%|J|kJ|MJ|kWh|W|s|min|h|B|kB|MB|GB|TB|eV)(?!\w))")
@@ -183,6 +184,12 @@ def _evenly(places: Iterable[int]) -> list[int]:
     return sorted({*every[::step], *every[-1:]})
 
 
+def as_sentence(text: str) -> str:
+    """A text that stands alone: with a capital and a stop."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 def funnel_table(findings: Findings) -> Table:
     """The funnel in words; of ways to end only those that occur."""
     stages = findings.funnel.stages
@@ -218,11 +225,11 @@ def _lost(stage: FunnelStage) -> float | None:
 
 def power_table(findings: Findings) -> Table:
     """Power and memory of the trials that have a figure."""
-    head = ("Trial", "Stage", "Time", "Mean power", "Highest", "Peak memory", "Not measured", "Throttled")
+    head = ("Trial", "Stage", "Time", "Mean power", "Highest of a device", "Peak memory", "Not measured", "Throttled")
     rows = []
     for trial in findings.power.trials:
         throttled = ", ".join(f"{k} {format_seconds(v)}" for k, v in sorted(trial.throttled_seconds.items()))
-        knows = any(line.throttled for line in trial.lines)
+        knows = any(reason is not None for line in trial.lines for reason in line.throttled)
         rows.append(
             (
                 trial.trial_id, stage_title(trial.stage), format_seconds(trial.seconds), _watts(trial.mean_watts),
@@ -235,7 +242,7 @@ def power_table(findings: Findings) -> Table:
 
 
 def _watts(watts: float | None) -> str:
-    return UNKNOWN if watts is None else f"{watts:.3g} W"
+    return UNKNOWN if watts is None else f"{watts:,.0f} W" if watts >= LEAST_WHOLE_WATTS else f"{watts:.3g} W"
 
 
 def _gigabytes(size: float | None) -> str:

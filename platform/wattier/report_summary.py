@@ -84,7 +84,8 @@ def _selection_sentences(selection: SelectionInfo | None) -> list[str]:
     record = selection.selection
     tiers = [(t.name, [p.trial_id for p in t.picks]) for t in record.tiers if t.picks]
     picked = "; ".join(f"{name}: {_named(ids)}" for name, ids in tiers)
-    text = f"{len(record.picked)} of {len(record.candidates)} candidates were picked ({picked})."
+    were = "was" if len(record.picked) == 1 else "were"
+    text = f"{len(record.picked)} of {len(record.candidates)} candidates {were} picked ({picked})."
     if record.projected_joules is None:
         return [text, "What their full training will cost cannot be said."]
     saved = ""

@@ -103,9 +103,7 @@ def select_trials(  # noqa: PLR0913  (what is compared, by which rules, and what
         _sum_known([projected[trial.trial_id] for trial in candidates]),
     )  # fmt: skip
     tiers, misses = _tiers(question, sticks, None if space is None else Spacing(space, candidates), chosen)
-    by_rule = {pick.trial_id for tier in tiers for pick in tier.picks}
-    if by_hand := [trial for trial in pinned if trial.trial_id not in by_rule]:
-        tiers.append(_pinned_tier(sorted(by_hand, key=lambda t: t.trial_id), field, sticks))
+    tiers += _pinned_tiers(pinned, tiers, field, sticks)
     picked = dict.fromkeys(pick.trial_id for tier in tiers for pick in tier.picks)
     return Selection(
         stage=stage,
@@ -271,17 +269,19 @@ def _vetoed(field: Field, sticks: Yardsticks, chosen: Choices) -> list[NearMiss]
     ]
 
 
-def _pinned_tier(trials: Sequence[TrialResult], field: Field, sticks: Yardsticks) -> Tier:
+def _pinned_tiers(pinned: Sequence[TrialResult], tiers: Sequence[Tier], field: Field, sticks: Yardsticks) -> list[Tier]:
+    """The tier of what a person picked and no rule did; none where there is no such trial."""
+    by_rule = {pick.trial_id for tier in tiers for pick in tier.picks}
     standings = {s.trial_id: s for s in field.standings}
     picks = []
-    for trial in trials:
+    for trial in sorted((t for t in pinned if t.trial_id not in by_rule), key=lambda t: t.trial_id):
         if trial.trial_id in standings:
             picks.append(record_of(standings[trial.trial_id], sticks, "", pinned=True, trade_off=None))
             continue
         parts = [f"pinned by hand, though it was not compared ({trial.status} after {trial.epochs_done} epochs)"]
         parts += [energy_words(trial), *convergence_words(trial.trial_id, sticks)]
         picks.append(Pick(reason="; ".join(parts) + flag_words(trial), **trial_numbers(trial, sticks, pinned=True)))
-    return Tier(PINNED, "pinned by hand", tuple(picks), "hand")
+    return [Tier(PINNED, "pinned by hand", tuple(picks), "hand")] if picks else []
 
 
 def _nothing_to_pick(stage: str, excluded: Mapping[str, Exclusion], vetoed: int) -> str:

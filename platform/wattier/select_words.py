@@ -51,14 +51,15 @@ def numbers_of(standing: Standing, sticks: Yardsticks, *, pinned: bool = False) 
 def trial_numbers(trial: TrialResult, sticks: Yardsticks, *, pinned: bool = False) -> dict[str, Any]:
     """Those of any trial, compared or not."""
     energy = trial.energy
+    low, high = energy.stated_bounds_joules
     return {
         "trial_id": trial.trial_id,
         "val_loss": trial.val_loss,
         "val_loss_noise": sticks.noise.std(trial.trial_id) if sticks.noise else None,
         "energy_joules": energy.joules,
         "energy_method": energy.method,
-        "joules_low": energy.joules_low,
-        "joules_high": energy.joules_high,
+        "joules_low": low,
+        "joules_high": high,
         "projected_joules": sticks.projected[trial.trial_id],
         "flags": (*flags_of(trial), *((PINNED,) if pinned else ())),
     }
@@ -121,9 +122,8 @@ def energy_words(trial: TrialResult) -> str:
     if energy.joules is None:
         return "unknown joules"
     method: str = energy.method or "unknown"
-    low, high = energy.joules_low, energy.joules_high
-    stated = any(share.joules_low is not None or share.joules_high is not None for share in energy.shares)
-    if method != "estimated" and stated and energy.joules and low is not None and high is not None:
+    low, high = energy.stated_bounds_joules
+    if energy.joules and low is not None and high is not None:
         ratio = max(high - energy.joules, energy.joules - low) / energy.joules
         method += f" ± {format_ratio(ratio)}"
     return f"{format_joules(energy.joules)} ({method})"

@@ -273,6 +273,7 @@ def projection_info(run: RunDir) -> tuple[ProjectionInfo, ...]:
 
 def _row(trial: TrialResult, selection: Selection | None) -> TrialRow:
     stage = trial.fidelity.stage
+    low, high = trial.energy.stated_bounds_joules
     note = trial.error or ""
     if selection and stage == selection.stage:
         note = selection.excluded.get(trial.trial_id, note)
@@ -292,8 +293,8 @@ def _row(trial: TrialResult, selection: Selection | None) -> TrialRow:
         note=note,
         throttled_ratio=trial.throttled_ratio,
         throttled=trial.throttled,
-        joules_low=trial.energy.joules_low,
-        joules_high=trial.energy.joules_high,
+        joules_low=low,
+        joules_high=high,
         coverage_ratio=trial.energy.coverage_ratio if trial.energy.shares else None,
         mean_watts=trial.mean_watts,
         peak_memory_bytes=trial.peak_memory_bytes,

@@ -16,16 +16,19 @@ from wattier_telemetry.recording.trace import TraceError, read_trace
 from wattier_telemetry.throttling import CLOCK_SETTINGS
 
 MOST_TRIALS = 24  # with a figure of their own
-MOST_MOMENTS = 240  # of one device, in a figure
+MOST_MOMENTS, FEWEST_MOMENTS = 1500, 60  # of a figure, shared by its lines; of one line
 LONG_STEPS = 4.0  # times the usual step between two lines: nobody looked for so long
 LEAST_THROTTLED = 0.1  # of a step
+
+
+Moment = tuple[float, float | None, float | None, str | None]  # seconds, watts, bytes, throttled by
 
 
 class PowerLine(NamedTuple):
     """One device under one rank of one attempt, [moments] each.
 
     seconds: since the trial's first moment. watts: mean since the moment before, None = a gap, not 0.
-    memory_bytes: held by the process. throttled: by what in that step, '' = by nothing.
+    memory_bytes: held by the process. throttled: by what in that step, '' = by nothing, None = the device cannot say.
     """
 
     device: str
@@ -34,7 +37,7 @@ class PowerLine(NamedTuple):
     seconds: tuple[float, ...]
     watts: tuple[float | None, ...]
     memory_bytes: tuple[float | None, ...]
-    throttled: tuple[str, ...]
+    throttled: tuple[str | None, ...]
 
 
 class TrialPower(NamedTuple):
@@ -96,7 +99,7 @@ def _lines(folder: Path) -> tuple[list[PowerLine], list[str]]:
 
 
 def _read(path: Path) -> list[PowerLine]:
-    columns: dict[str, list[tuple[float, float | None, float | None, str]]] = {}
+    columns: dict[str, list[Moment]] = {}
     domains: dict[str, str] = {}
     seen: dict[str, dict[str, float]] = {}
     for sample in read_trace(path, warn=lambda _: None):
@@ -108,36 +111,40 @@ def _read(path: Path) -> list[PowerLine]:
         step = reading.time_seconds - rows[-1][0] if rows else math.inf
         acting = [reason for reason, total in now.items() if total - before.get(reason, 0.0) > LEAST_THROTTLED * step]
         seen[uuid] = now
-        rows.append((reading.time_seconds, reading.power_watts, reading.memory_used_bytes, ", ".join(sorted(acting))))
+        told = None if reading.throttle_seconds is None else ", ".join(sorted(acting))
+        rows.append((reading.time_seconds, reading.power_watts, reading.memory_used_bytes, told))
     rank = path.name.removesuffix(SUFFIX)
     return [_with_gaps(uuid, domains[uuid], rank, rows) for uuid, rows in columns.items() if len(rows) > 1]
 
 
-def _with_gaps(
-    uuid: str, domain: str, rank: str, rows: list[tuple[float, float | None, float | None, str]]
-) -> PowerLine:
+def _with_gaps(uuid: str, domain: str, rank: str, rows: list[Moment]) -> PowerLine:
     """A step that is much longer than the others was not looked at: its mean is known, its course is not."""
     steps = [b[0] - a[0] for a, b in itertools.pairwise(rows)]
     longest = LONG_STEPS * statistics.median(steps)
     kept = rows[:1]
     for step, row in zip(steps, rows[1:], strict=True):
         if step > longest and row[1] is not None:
-            kept.append((row[0] - step / 2, None, None, ""))
+            kept.append((row[0] - step / 2, None, None, None))
         kept.append(row)
-    times, watts, memory, throttled = zip(*_thinned(kept), strict=True)
+    times, watts, memory, throttled = zip(*kept, strict=True)
     return PowerLine(uuid, domain, rank, times, watts, memory, throttled)
 
 
-def _thinned(
-    rows: list[tuple[float, float | None, float | None, str]],
-) -> list[tuple[float, float | None, float | None, str]]:
-    """At most so many moments; gaps and throttled ones stay as long as there is room."""
-    if len(rows) <= MOST_MOMENTS:
-        return rows
-    step = -(-len(rows) // (MOST_MOMENTS // 2))
-    special = [i for i, row in enumerate(rows) if row[1] is None or row[3]]
-    special = special[:: -(-len(special) // (MOST_MOMENTS // 2))] if special else []
-    return [rows[i] for i in sorted({*range(0, len(rows), step), len(rows) - 1, *special})]
+def _thinned(line: PowerLine, lines: int) -> PowerLine:
+    """Evenly so many moments as its figure has room for; gaps and throttled ones go last."""
+    most = max(FEWEST_MOMENTS, MOST_MOMENTS // lines)
+    count = len(line.seconds)
+    if count <= most:
+        return line
+    special = [i for i in range(count) if line.watts[i] is None or line.throttled[i]]
+    special = special[:: max(1, -(-len(special) // (most // 2)))]
+    kept = sorted({*range(0, count, -(-count // (most // 2))), count - 1, *special})
+    return line._replace(
+        seconds=tuple(line.seconds[i] for i in kept),
+        watts=tuple(line.watts[i] for i in kept),
+        memory_bytes=tuple(line.memory_bytes[i] for i in kept),
+        throttled=tuple(line.throttled[i] for i in kept),
+    )
 
 
 def _trial(row: TrialRow, lines: list[PowerLine]) -> TrialPower:
@@ -147,11 +154,19 @@ def _trial(row: TrialRow, lines: list[PowerLine]) -> TrialPower:
         for i in range(1, len(line.seconds)):
             step = line.seconds[i] - line.seconds[i - 1]
             gaps += step if line.watts[i] is None else 0.0
-            for reason in filter(None, line.throttled[i].split(", ")):
+            for reason in filter(None, (line.throttled[i] or "").split(", ")):
                 throttled[reason] = throttled.get(reason, 0.0) + step
         highest += [watts for watts in line.watts if watts is not None]
         memory += [size for size in line.memory_bytes if size is not None]
     return TrialPower(
-        row.stage, row.trial_id, row.tier, tuple(lines), max(line.seconds[-1] for line in lines), row.mean_watts,
-        max(highest, default=None), gaps, throttled, row.peak_memory_bytes or max(memory, default=None),
-    )  # fmt: skip
+        stage=row.stage,
+        trial_id=row.trial_id,
+        tier=row.tier,
+        lines=tuple(_thinned(line, len(lines)) for line in lines),
+        seconds=max(line.seconds[-1] for line in lines),
+        mean_watts=row.mean_watts,
+        highest_watts=max(highest, default=None),
+        gap_seconds=gaps,
+        throttled_seconds=throttled,
+        peak_memory_bytes=row.peak_memory_bytes or max(memory, default=None),
+    )

@@ -70,9 +70,7 @@ def provenance_info(run: RunDir) -> ProvenanceInfo:
 def _meter(key: tuple[str, str, str], shares: list[Share]) -> MeterRow:
     report = EnergyReport.of(shares)
     uuids = len({share.device_uuid for share in shares})
-    return MeterRow(
-        *key, uuids, report.joules, report.joules_low, report.joules_high, coverage_ratio=report.coverage_ratio
-    )
+    return MeterRow(*key, uuids, report.joules, *report.stated_bounds_joules, coverage_ratio=report.coverage_ratio)
 
 
 def _devices(run: RunDir) -> tuple[DeviceRow, ...]:

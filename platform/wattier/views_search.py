@@ -90,7 +90,9 @@ def funnel_info(run: RunDir, trials: TrialsInfo, selection: Selection | None) ->
     for index, name in enumerate(names):
         rows = by_stage[name]
         own = {_key(row.params) for row in rows if row.params}
-        later = {_key(row.params) for after in names[index + 1 : index + 2] for row in by_stage[after] if row.params}
+        following = by_stage[names[index + 1]] if index + 1 < len(names) else []
+        later = {_key(row.params) for row in following if row.params}
+        went_on = len(following) if names[index + 1 :] == [FULL_STAGE] else len(own & later)  # members keep their id
         reports = {status: [bills[name, r.trial_id] for r in rows if r.status == status] for status in STATUSES}
         joules = {status: add_up(found).joules for status, found in reports.items() if found}
         section = sections.get(name)
@@ -98,12 +100,12 @@ def funnel_info(run: RunDir, trials: TrialsInfo, selection: Selection | None) ->
         epochs = section.epochs if section else config.full_training.epochs
         ranks = section.ranks if section else config.full_training.ranks
         structures = section.structures if section else None
-        carried = sum(_key(row.params) in earlier for row in rows if row.params)
+        carried = len(rows) if name == FULL_STAGE else sum(_key(row.params) in earlier for row in rows if row.params)
         total = add_up(report for found in reports.values() for report in found).joules
         counts = {status: len(found) for status, found in reports.items() if found}
         stages.append(
             FunnelStage(
-                name, planned, len(rows), carried, len(rows) - carried, counts, joules, total, len(own & later),
+                name, planned, len(rows), carried, len(rows) - carried, counts, joules, total, went_on,
                 structures, epochs, ranks,
             )
         )  # fmt: skip

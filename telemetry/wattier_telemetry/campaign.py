@@ -193,13 +193,16 @@ def parse_campaign(data: Any) -> CampaignRegistration:
         rows = values[name]
         if not isinstance(rows, list | tuple) or len(rows) > most:
             raise ValueError(f"{name} of a campaign must be a list of at most {most}")
-        values[name] = tuple(_made(kind, row) for row in rows)
+        made = values[name] = tuple(_made(kind, row) for row in rows)
+        if len({tuple(getattr(row, label) for label in _LABELS if hasattr(row, label)) for row in made}) < len(made):
+            raise ValueError(f"{name} of a campaign names one twice")
     if not 0 < campaign.pid <= 2**31 - 1:
         raise ValueError("pid of a campaign is no process")
     return CampaignRegistration(**values)
 
 
 _WORDS = {"statuses": STATUSES, "failures": REASONS, "used_ratios": RESOURCES}
+_LABELS = ("stage", "trial", "phase", "budget", "forecast")  # of the series that a part becomes
 _LISTS = ("stages", "phases", "budgets", "forecasts", "trials")
 
 

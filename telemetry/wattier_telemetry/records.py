@@ -273,6 +273,12 @@ class EnergyReport:
         """The true energy is not above this, J; a share that states no bound counts as it is."""
         return self._sum_of("joules_high")
 
+    @property
+    def stated_bounds_joules(self) -> tuple[float | None, float | None]:
+        """Both bounds where one is stated and no part is estimated: those of an estimate are of its time, not watts."""
+        stated = any(share.joules_low is not None or share.joules_high is not None for share in self.shares)
+        return (self.joules_low, self.joules_high) if stated and self.method != "estimated" else (None, None)
+
     def _sum_of(self, bound: str) -> float | None:
         parts = [share.joules if getattr(share, bound) is None else getattr(share, bound) for share in self.shares]
         known = [part for part in parts if part is not None]

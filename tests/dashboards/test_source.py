@@ -368,3 +368,11 @@ class TestBesideRay:
         assert set(jobs) == {"wattier", "ray"}
         assert jobs["ray"]["file_sd_configs"][0]["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
         assert "relabel_configs" not in jobs["ray"] and "metric_relabel_configs" not in jobs["ray"]
+
+
+@pytest.mark.parametrize("length", ["0", "-5", "nan", "inf", "long"])
+def test_a_demonstration_of_no_length_is_refused_in_words(length):
+    command = [sys.executable, str(FOLDER / "demo.py"), f"--seconds={length}"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 2
+    assert "--seconds" in told.stderr and "Traceback" not in told.stderr

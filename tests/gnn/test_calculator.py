@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ase.io import read, write
 from ase.stress import voigt_6_to_full_3x3_stress
 from ensembles import untrained
 
-from wattier_gnn.calculator import COMMITTEE, WattierCalculator
+from wattier_gnn.calculator import COMMITTEE, WattierCalculator, structure_of
 from wattier_gnn.ensemble import Ensemble
 from wattier_gnn.structure import DataError
 
@@ -120,6 +121,26 @@ def test_a_committee_has_the_names_of_mace(calculator: Any) -> None:
         assert np.array_equal(calc.get_property(name, atoms), results[name])
     assert isinstance(results["energy_var"], float)
     assert results["free_energy"] == energy
+
+
+def test_a_committee_of_unequal_members_varies_about_its_answer(calculator: Any) -> None:
+    weights = np.array([0.7, 0.0, 0.3])
+    atoms = crystal()
+    atoms.calc = calculator(parts={"weights": tuple(weights)})
+    answers = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+    for name, answer in answers.items():
+        of_members = atoms.calc.results[f"{name}_comm"]
+        np.testing.assert_allclose(answer, 0.7 * of_members[0] + 0.3 * of_members[2], atol=1e-12)
+        due = 0.7 * (of_members[0] - answer) ** 2 + 0.3 * (of_members[2] - answer) ** 2
+        np.testing.assert_allclose(atoms.calc.results[f"{name}_var"], due, atol=1e-14)
+
+
+def test_several_members_of_which_one_is_heard_promise_no_std(calculator: Any) -> None:
+    atoms = methanol()
+    atoms.calc = calculator(parts={"weights": (0.0, 1.0, 0.0)})
+    assert atoms.get_potential_energy() == atoms.calc.results["energy_comm"][1]
+    assert atoms.calc.results["energy_var"] == 0.0
+    assert not {"energy_std", "forces_std", "stress_std"} & {*atoms.calc.results, *atoms.calc.implemented_properties}
 
 
 def test_one_member_has_no_committee_and_no_std(calculator: Any) -> None:
@@ -267,6 +288,22 @@ def test_odd_structures_are_answered(atoms: Atoms, calculator: Any) -> None:
     assert np.abs(atoms.get_forces().sum(axis=0)).max() < 1e-10
     if atoms.pbc.all():
         assert np.isfinite(atoms.get_stress()).all()
+
+
+def test_what_is_no_number_is_no_answer() -> None:
+    """A head that makes infinities of one element: who asks for another one is answered."""
+    ensemble = untrained()
+    embedding = dict(ensemble.members[1].named_parameters())["encoder.embedding.weight"]
+    embedding.data[29] = 1e38
+    calculator = WattierCalculator(ensemble, "a")
+    with pytest.raises(DataError, match="NaN or infinite"):
+        calculator.get_potential_energy(bulk("Cu"))
+    assert np.isfinite(calculator.get_potential_energy(methanol()))
+    both = [structure_of(atoms) for atoms in (methanol(), bulk("Cu"))]
+    with pytest.raises(DataError, match=r"^structure 1: what members say of it is NaN"):
+        ensemble.predict(both, "a")
+    unheard = replace(ensemble, weights=(0.5, 0.0, 0.5))
+    assert np.isfinite(unheard.predict(both, "a").energy_ev).all()
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:

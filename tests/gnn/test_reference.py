@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wattier_gnn.reference import StreamedReference, baseline, composition, fit_reference
+from wattier_gnn.reference import RIDGES, StreamedReference, baseline, composition, fit_correction, fit_reference
 from wattier_gnn.splits import TEST, TRAIN, UNDEALT, VAL, deal_groups, element_masks
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -209,3 +209,71 @@ def test_a_new_element_goes_to_training_unless_it_is_there() -> None:
     assert (
         deal_groups(["a", "b", "c"], np.ones(3), known, dealt, fractions=fractions, seed=0)[1:].tolist() == [TEST] * 2
     )
+
+
+def few_structures(n: int, n_elements: int, noise_ev: float, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Counts, energies, and the energies of atoms that they are made of: about -300 eV each, but for some eV."""
+    generator = np.random.default_rng(seed)
+    truth, counts = np.zeros(119), np.zeros((n, 119))
+    truth[1 : n_elements + 1] = -300 + generator.normal(0, 3, n_elements)
+    for row in counts:
+        np.add.at(row, generator.integers(1, n_elements + 1, 4), generator.integers(1, 6, 4))
+    n_atoms = counts.sum(axis=1)
+    return counts, counts @ truth + noise_ev * n_atoms * generator.normal(size=n), truth
+
+
+@pytest.mark.parametrize("fixed", [0, 5], ids=["all elements", "some elements"])
+def test_a_correction_has_the_leave_one_out_error_of_brute_force(fixed: int) -> None:
+    """Each structure left out in turn, and the penalised least squares of the others solved by itself."""
+    counts, energies, truth = few_structures(25, 12, 0.5)
+    n_atoms = counts.sum(axis=1)
+    energies -= counts[:, : fixed + 1] @ truth[: fixed + 1]  # elements whose references are known
+    counts[:, : fixed + 1] = 0
+    x, y = counts / n_atoms[:, None], energies / n_atoms
+    present = np.flatnonzero(counts.any(axis=0))
+
+    def fitted(kept: Any, ridge: float) -> Any:
+        rows = np.column_stack([x[kept].sum(axis=1), x[kept][:, present]])
+        held = np.column_stack([np.zeros(len(present)), np.sqrt(ridge) * np.eye(len(present))])
+        right = np.concatenate([y[kept], np.zeros(len(present))])
+        shift, *deviations = np.linalg.lstsq(np.vstack([rows, held]), right, rcond=None)[0]
+        return shift + np.array(deviations)
+
+    def left_out(ridge: float) -> float:
+        others = [np.delete(np.arange(len(y)), k) for k in range(len(y))]
+        errors = [y[k] - x[k, present] @ fitted(kept, ridge) for k, kept in enumerate(others)]
+        return float(np.sqrt(np.mean(np.square(errors))))
+
+    by_ridge = {ridge: left_out(ridge) for ridge in RIDGES if ridge >= 1e-6}
+    best = min(by_ridge, key=by_ridge.__getitem__)
+    found, error = fit_correction(counts, n_atoms, energies)
+    assert error == pytest.approx(by_ridge[best], rel=2e-3)
+    np.testing.assert_allclose(found[present], fitted(np.arange(len(y)), best), rtol=1e-3)
+    assert not np.delete(found, present).any()
+
+
+@pytest.mark.parametrize("n", [30, 60, 200])
+def test_few_structures_of_many_elements_do_not_spoil_the_others(n: int) -> None:
+    """Where structures are about as many as elements, plain least squares is at its worst."""
+    counts, energies, truth = few_structures(n, 60, 0.2)
+    others, _, _ = few_structures(500, 60, 0.0, seed=1)
+    others = others[~others[:, ~counts.any(axis=0)].any(axis=1)]
+
+    def error(found: Any) -> float:
+        return float(np.sqrt(np.mean((others @ (found - truth) / others.sum(axis=1)) ** 2)))
+
+    found, left_out = fit_correction(counts, counts.sum(axis=1), energies)
+    spread_of_truth = error(np.where(truth, -300.0, 0.0))
+    assert error(found) < spread_of_truth
+    assert error(found) < error(fit_reference(counts, energies))
+    assert np.hypot(error(found), 0.2) == pytest.approx(left_out, rel=0.4)
+
+
+def test_a_correction_of_exact_data_is_exact_and_of_none_nothing() -> None:
+    counts, energies, truth = few_structures(60, 12, 0.0)
+    found, error = fit_correction(counts, counts.sum(axis=1), energies)
+    np.testing.assert_allclose(found, truth, atol=1e-8)
+    assert error < 1e-8
+    found, error = fit_correction(np.zeros_like(counts), counts.sum(axis=1), energies)
+    assert not found.any()
+    assert error == pytest.approx(np.sqrt(np.mean((energies / counts.sum(axis=1)) ** 2)))

@@ -77,6 +77,19 @@ def test_molecules_have_no_stress() -> None:
         silent.compute_stress = True
 
 
+def test_what_is_not_known_is_not_there() -> None:
+    state = ts.io.atoms_to_state([molecule("H2O")], CPU, torch.float64)
+
+    def spreads(**parts: Any) -> set[str]:
+        said = WattierModel(untrained(**parts), "a", dtype=torch.float64)(state)
+        assert all(said[name].isfinite().all() for name in said if name.endswith("_std"))
+        return {name for name in said if name.endswith("_std")}
+
+    assert spreads() == {"energy_std", "forces_std"}
+    assert spreads(members=1, energy_variance=True) == {"energy_std"}
+    assert spreads(parts={"weights": (1.0, 0.0, 0.0)}) == set()
+
+
 def test_dynamics_is_that_of_ase() -> None:
     """The same velocities, the same steps, one system in TorchSim's batch and in ASE."""
     ensemble = untrained()

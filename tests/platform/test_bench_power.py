@@ -177,6 +177,8 @@ def test_a_folder_that_is_none_or_in_use_is_refused(plan, tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--out: is .*file, which is a file"):
         measure_sizes(plan(out=tmp_path / "file"), quiet)
+    with pytest.raises(UserError, match=r"--out: .*file/below cannot be made \(Not a directory\)"):
+        measure_sizes(plan(out=tmp_path / "file" / "below"), quiet)
     with hold_lock(tmp_path / "out/.lock"), pytest.raises(UserError, match="another process measures there"):
         measure_sizes(plan(), quiet)
 

@@ -251,12 +251,63 @@ def test_what_cannot_be_learnt_from_is_one_line(release, tmp_path, spoil, option
     assert not (tmp_path / "out.work").exists(), "the mended file would be refused as another one"
 
 
+def test_without_forces_only_energies_are_learnt_and_it_says_so(release, tmp_path):
+    many = [atoms.copy() for atoms in clusters(60, 5)]
+    for k, atoms in enumerate(many):
+        atoms.calc = SinglePointCalculator(atoms, energy=users(atoms)[0])
+        atoms.info["group"] = str(k)
+    write(tmp_path / "energies.xyz", many, format="extxyz")
+    done = finetune(release, tmp_path / "energies.xyz", "-o", tmp_path / "out", "--epochs", 1)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "your data have no forces" in done.output
+    frozen = finetune(release, tmp_path / "energies.xyz", "-o", tmp_path / "frozen", "--epochs", 1, "--freeze")
+    assert "your data have no forces" not in frozen.output
+    made = load_release(tmp_path / "out")
+    said = made.predict([structure(many[0], users, "x")], "energies")
+    assert np.isfinite(said.energy_std_ev).all()
+    assert np.isnan(said.forces_std_ev_per_angstrom).all()
+    metrics = json.loads((tmp_path / "out" / "manifest.json").read_text())["metrics"]["energies"]
+    assert metrics["force_mae_ev_per_angstrom"] is None
+    parent, kept = (load_release(path).members[0].state_dict() for path in (release, tmp_path / "frozen"))
+    heads = [name for name in parent if name.startswith("force_head.")]
+    assert heads
+    assert all(torch.equal(parent[name], kept[name]) for name in heads)
+
+
+def test_interrupted_it_says_how_to_go_on_and_what_is_worse_than_before_is_said(
+    release, user_file, tmp_path, monkeypatch
+):
+    options = (release, user_file, "-o", tmp_path / "out", "--epochs", 1, "--learning-rate", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        done = finetune(*options)
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.output
+    assert (tmp_path / "out.work").exists()
+    monkeypatch.setattr("wattier.finetune.SECONDS_BETWEEN_LINES", 0.0)
+    done = finetune(*options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "m0: epoch 1 of at most 1" in done.output
+    assert "which made it worse" in done.output
+
+
 def test_a_folder_of_somebody_else_is_not_overwritten(release, user_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     done = finetune(release, user_file, "-o", tmp_path / "out")
     assert isinstance(done.exception, UserError)
     assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_the_release_that_it_begins_from_is_not_replaced(release, user_file, tmp_path):
+    (tmp_path / "link").symlink_to(release)
+    before = sha256_of(release / "manifest.json")
+    for output in (release, release.parent / "x" / ".." / release.name, tmp_path / "link"):
+        done = finetune(release, user_file, "-o", output)
+        assert isinstance(done.exception, UserError)
+        assert "would be lost" in str(done.exception)
+    assert sha256_of(release / "manifest.json") == before
+    assert not release.with_name(f"{release.name}.work").exists()
 
 
 def test_a_damaged_release_is_refused(release, user_file, tmp_path):

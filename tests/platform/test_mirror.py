@@ -151,7 +151,7 @@ def test_every_state_and_every_figure_of_a_run(searched_run):
         else:
             assert trial.values is None
         assert trial.params == row.params
-        low, high = row.energy.joules_low, row.energy.joules_high
+        low, high = row.energy.stated_bounds_joules
         kept = {
             "epochs": row.epochs_done, "seconds": 60.0, "parameters": 12_345, "energy_joules": row.energy_joules,
             "energy_joules_low": low, "energy_joules_high": high, "energy_method": "counter", "val_loss": row.val_loss,

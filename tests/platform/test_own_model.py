@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import wattier
-from wattier import cli, plots
+from wattier import cli, figure_style, plots
 from wattier.config import load_config
 from wattier.console import RunConsole
 from wattier.errors import UserError
@@ -544,5 +544,5 @@ def test_losses_of_any_size_can_be_read(tmp_path):
     for loss in ("loss 1e+300,", "loss 1.7e+308,", "loss 2e-09,", "loss 0.5000,"):
         assert loss in shown
     figure = plots.learning_curves_figure(learning_curves_info(run))
-    assert len(figure.layout.yaxis.tickvals) <= plots.MOST_DECADES + 1
+    assert len(figure.layout.yaxis.tickvals) <= figure_style.MOST_DECADES + 1
     write_report(run)

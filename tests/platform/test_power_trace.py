@@ -97,6 +97,13 @@ def test_a_metered_trial_leaves_a_trace_that_ends_with_its_journal(tmp_path):
     assert path.read_text().splitlines()[0] == ",".join(COLUMNS)
 
 
+def test_a_trace_looks_no_more_often_than_the_journal_is_written(tmp_path):
+    section = TelemetrySection(source="estimated", journal_seconds=30.0)
+    with metered(tmp_path, "rank0", section, on_gpu=False, traced=True):
+        time.sleep(0.6)
+    assert len(readings(tmp_path / "attempt1-rank0.trace.csv")) == 2  # the first and the last
+
+
 def test_nobody_else_is_traced(tmp_path):
     with metered(tmp_path, "driver", TelemetrySection(source="estimated"), on_gpu=False):
         pass

@@ -22,8 +22,8 @@ from wattier.citation import PAPER
 from wattier.config import RunConfig
 from wattier.errors import UserError
 from wattier.evaluate import evaluate_run
-from wattier.ledger import ledger_info
-from wattier.model_card import EXAMPLES, CardFacts, example_of, release_texts
+from wattier.ledger import ledger_info, phase_of
+from wattier.model_card import EXAMPLES, INDEXED, CardFacts, example_of, release_texts
 from wattier.records import Fidelity, PhaseEnergy, TrialResult
 from wattier.release import data_facts, export_release
 from wattier.rundir import FULL_STAGE, RunDir, append_json_line
@@ -215,7 +215,8 @@ class TestCard:
 
     def test_an_estimate_is_not_given_a_precision(self):
         measured = PhaseEnergy("full training", 3.6e6, "counter", 1.0, 4, (), 3.5e6, 3.8e6)
-        guessed = PhaseEnergy("data", 10.0, "estimated", 1.0, 0, (), 9.99, 10.01)
+        share = Share("c", "cpu", 0.0, 1.0, 1.0, 10.0, "estimated", 1.0, joules_low=9.99, joules_high=10.01)
+        guessed = phase_of("data", EnergyReport.of([share]), 0)
         unknown = PhaseEnergy("evaluation", None, None, None)
         facts = CardFacts("x", "0.1.0", fabricated.ensemble(), ["a", "b"], phases=(guessed, measured, unknown))
         text = release_texts(facts)["README.md"]
@@ -392,3 +393,49 @@ def test_a_member_that_is_not_conservative_is_said_to_be(exported):
     text = release_texts(replace(facts, ensemble=direct))["README.md"]
     assert "Forces do not turn with the structure." in text
     assert "E(3)-equivariant" not in text
+
+
+def test_how_to_get_a_gradient_is_said_where_forces_are_a_head_s():
+    for forces, needs_it in (("conservative", False), ("vector", True)):
+        texts = release_texts(CardFacts("x", "0.1.0", fabricated.ensemble(forces=forces), ["a", "b"]))
+        for text in texts["README.md"], texts["example.py"]:
+            assert ("conservative=True" in text) == needs_it
+
+
+def test_the_command_of_the_card_is_one_that_runs():
+    """Where there are several sources `wattier predict` must be told which."""
+    text = release_texts(CardFacts("x", "0.1.0", fabricated.ensemble(sources=("oc20", "o x")), ["a", "b"]))["README.md"]
+    assert "wattier predict path/to/this/folder structures.xyz -o out.xyz --source oc20`" in text
+    text = release_texts(CardFacts("x", "0.1.0", fabricated.ensemble(sources=("o x", "oc20")), ["a", "b"]))["README.md"]
+    assert "--source 'o x'`" in text
+
+
+def test_a_card_says_only_what_its_members_can():
+    """One member with a head for it knows how sure its energy is; one without it, or heard alone, does not."""
+    covered = {"calibration": {"energy": {"coverage_68": 0.7, "coverage_95": 0.9, "n": 17}}}
+    one = fabricated.ensemble(1)
+    cases = (
+        (one, "no uncertainty of a spread", False),
+        (fabricated.ensemble(1, energy_variance=True), "What a head expects the energy to err by, scaled", True),
+        (fabricated.ensemble(2), "The spread of the members, scaled", True),
+        (replace(fabricated.ensemble(2), weights=(0.0, 1.0)), "no uncertainty of a spread", False),
+    )
+    for ensemble, says, has_std in cases:
+        names = ["a", "b"][: len(ensemble.members)]
+        text = release_texts(CardFacts("x", "0.1.0", ensemble, names, evaluation=covered))["README.md"]
+        assert says in text
+        assert ('results["energy_std"]' in text) == ("70 % of the 17 held-out errors" in text) == has_std
+
+
+def test_frames_that_were_dealt_one_by_one_are_not_called_groups():
+    metrics = {"n_structures": 1, "energy_rmse_ev": 0.2, **dict.fromkeys(key for key, *_ in INDEXED[:2] + INDEXED[3:])}
+    facts = CardFacts(
+        "x", "0.1.0", fabricated.ensemble(1), ["a"],
+        evaluation={"sources": {"oxides": metrics | {"reference_energy_mae_ev": None}}},
+    )  # fmt: skip
+    apart, torn = (release_texts(replace(facts, groups_apart=flag))["README.md"] for flag in (True, False))
+    assert "No group (molecule" in apart
+    assert "held-out groups" in apart
+    assert "No group" not in torn
+    assert "held-out groups" not in torn
+    assert "those held out are like those trained on" in torn

@@ -15,13 +15,13 @@ from wattier.figures_search import importance_figure, parallel_figure
 from wattier.findings import gather
 from wattier.importance import importance_info
 from wattier.power_trace import PowerTrace
-from wattier.report_figures import drawings, tight
+from wattier.report_figures import drawings, power_table, tight
 from wattier.report_summary import summary
 from wattier.rundir import FULL_STAGE
 from wattier.units import format_joules_alike
 from wattier.views import pareto_info, trials_info
 from wattier.views_evaluation import coverage_rows
-from wattier.views_power import power_info
+from wattier.views_power import PowerInfo, TrialPower, power_info
 from wattier.views_search import funnel_info, parallel_info, progress_info
 from wattier.views_selection import NOTHING, details_of, selection_details
 from wattier_telemetry import EnergyReport, Share
@@ -178,12 +178,25 @@ def test_a_step_that_nobody_looked_into_is_a_gap(whole_run):
     (shown,) = power_info(whole_run, trials_info(whole_run).rows).trials
     at = [time for time, watts in zip(shown.lines[0].seconds, shown.lines[0].watts, strict=True) if watts is None]
     assert at == [31.5]
+    table = power_table(gather(whole_run))
+    assert table.rows[0][table.head.index("Throttled")] == "unknown"  # nobody told
+
+
+@pytest.mark.parametrize(("watts", "told"), [(8.123, "8.12 W"), (99.96, "100 W"), (1e3, "1,000 W"), (None, "unknown")])
+def test_watts_are_told_as_numbers_that_people_write(whole_run, watts, told):
+    findings = gather(whole_run)
+    trial = TrialPower("full", "a", None, (), 1.0, watts, watts, 0.0, {}, None)
+    table = power_table(findings._replace(power=PowerInfo((trial,), 0, (), 0)))
+    assert table.rows[0][table.head.index("Mean power")] == told
 
 
 def test_details_of_an_old_selection_are_empty_and_of_a_new_one_are_read(whole_run, empty_run):
-    plain = selection_details(whole_run)
-    assert (plain.near_misses, plain.pinned, plain.noise) == ((), (), None)
-    data = json.loads(whole_run.selection_path.read_text())
+    assert len(selection_details(whole_run).figures) == len(whole_run.selection().picked)
+    pick = {"trial_id": "deep-10", "reason": "the lowest"}
+    data = {"tiers": [{"name": "accurate", "rule": "lowest", "picks": [pick]}], "projected_joules": 2.0}
+    plain = details_of(data)
+    assert (plain.near_misses, plain.pinned, plain.noise, plain.saved_joules) == ((), (), None, None)
+    assert plain.figures["deep-10"].val_loss is None
     data["tiers"][0]["picks"][0] |= {"val_loss_noise": 0.01, "projected_joules": 5.0, "flags": ["throttled"]}
     data["tiers"][0]["notes"] = ["One place stays free."]
     near = {"trial_id": "deep-11", "reason": "it is a copy", "tier": "balanced", "kind": "copy", "val_loss": 0.2}

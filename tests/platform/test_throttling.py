@@ -1,5 +1,6 @@
 """A trial whose devices were throttled is flagged: in its record, in words where it is picked, in every face."""
 
+import csv
 import dataclasses
 import io
 
@@ -120,3 +121,16 @@ def test_the_report_states_how_far_the_total_may_be_off(empty_run, trial, bounds
     assert ("±" in text.split("plotly")[0]) == (shown is not None)
     if shown:
         assert shown in text
+
+
+def test_an_estimate_is_given_no_bounds(empty_run, trial):
+    """Its bounds are those of the time it counted, to a hundredth of a percent, while nobody knows its watts."""
+    result = trial("a", joules=100.0)
+    share = dataclasses.replace(result.energy.shares[0], method="estimated", joules_low=99.99, joules_high=100.01)
+    append_json_line(empty_run.trials_path, dataclasses.replace(result, energy=EnergyReport.of([share])).to_dict())
+    text = write_report(empty_run).read_text(encoding="utf-8")
+    energy = text[text.index('<section id="energy">') : text.index('<section id="power">')]
+    assert energy.count("not stated") == 3, "of the phase, of the total, and of how it was measured"
+    assert "99.99" not in (empty_run.path / "report.json").read_text(encoding="utf-8")
+    (row,) = csv.DictReader((empty_run.path / "trials.csv").read_text(encoding="utf-8").splitlines())
+    assert (row["energy_joules"], row["joules_low"], row["joules_high"]) == ("100.0", "", "")

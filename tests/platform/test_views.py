@@ -38,6 +38,11 @@ def test_the_ledger_bills_trials_however_they_ended(whole_run):
     assert list(by_status) == ["complete", "pruned", "failed", "interrupted"]
     assert (by_status["failed"].trials, by_status["failed"].joules) == (1, 300)
     assert (by_status["interrupted"].trials, by_status["interrupted"].joules) == (1, 700)
+    for journal in (whole_run.path / "trials" / "deep" / "deep-21").glob("*.energy.json"):
+        journal.unlink()
+    again = {entry.status: entry for entry in ledger_info(whole_run).by_status}
+    recorded = next(t for t in whole_run.trials("deep") if t.trial_id == "deep-21").energy_joules
+    assert again["failed"].joules == recorded, "its record still knows"
     trials = ledger_info(whole_run).total.trials
     assert trials == sum(entry.trials for entry in by_status.values()) == len(trials_info(whole_run).rows)
 

@@ -158,6 +158,15 @@ class TestSeries:
 
 
 class TestRoster:
+    def test_a_series_is_on_the_page_once(self, tmp_path):
+        """A file that somebody copied, or that names a trial twice, must not make the page one that is refused."""
+        path = FULL.write(tmp_path)
+        path.with_name("copy.campaign").write_text(path.read_text().replace('"waiting": 3', '"waiting": 2'))
+        assert len(Campaigns(tmp_path).refresh()) == 1
+        twice = asdict(replace(FULL, trials=(*FULL.trials, EndedTrial("scout", "scout-1", "complete"))))
+        with pytest.raises(ValueError, match="trials of a campaign names one twice"):
+            parse_campaign(twice)
+
     def test_of_many_a_few_are_shown(self, tmp_path):
         for i in range(MOST_CAMPAIGNS + 5):
             replace(FULL, run=f"r{i}").write(tmp_path)

@@ -143,6 +143,16 @@ def test_bounds_add_up_and_a_share_without_one_counts_as_it_is():
     assert (EnergyReport.empty().joules_low, EnergyReport.empty().joules_high) == (None, None)
 
 
+def test_bounds_are_told_unless_nobody_knows_them():
+    stated = share(joules_low=4.0, joules_high=7.0)
+    assert EnergyReport.of([stated, share("b", joules=10.0)]).stated_bounds_joules == (14.0, 17.0)
+    assert EnergyReport.of([share()]).stated_bounds_joules == (None, None), "no share states any"
+    guessed = share("b", method="estimated", joules_low=4.9, joules_high=5.1)
+    assert EnergyReport.of([guessed]).stated_bounds_joules == (None, None)
+    assert EnergyReport.of([stated, guessed]).stated_bounds_joules == (None, None), "a part is a guess"
+    assert EnergyReport.empty().stated_bounds_joules == (None, None)
+
+
 def test_throttling_is_a_part_of_the_time_of_the_devices_that_can_say():
     report = EnergyReport.of(
         [

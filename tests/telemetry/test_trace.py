@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import sys
 
 import pytest
@@ -284,13 +283,3 @@ class TestReplay:
     def test_device_without_power_and_energy_is_refused(self, trace):
         with pytest.raises(SourceUnavailable, match="h has neither power_watts nor energy_joules in any line"):
             ReplaySource(trace("0,g,1", "0,h,"))
-
-    def test_shipped_demonstration_plays(self):
-        from pathlib import Path
-
-        demo = Path(__file__).parents[2] / "dashboards" / "replay" / "demo.csv"
-        source = open_source(f"replay:{demo}")
-        with demo.open() as file:
-            names = {row["device"] for row in csv.DictReader(file)}
-        assert {device.uuid for device in source.devices()} == names
-        assert json.dumps([source.read(device).power_watts for device in source.devices()])

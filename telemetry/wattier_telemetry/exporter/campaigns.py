@@ -55,8 +55,18 @@ CAMPAIGN = tuple(
             STAGE,
         ),
         ("energy_joules", "Energy of a phase so far, killed and failed trials included: the ledger.", "J", PHASE),
-        ("energy_low_joules", "The true energy of a phase is not below, as far as the meters can say.", "J", PHASE),
-        ("energy_high_joules", "The true energy of a phase is not above, as far as the meters can say.", "J", PHASE),
+        (
+            "energy_low_joules",
+            "The true energy of a phase is not below, as far as the meters can say; not of estimates.",
+            "J",
+            PHASE,
+        ),
+        (
+            "energy_high_joules",
+            "The true energy of a phase is not above, as far as the meters can say; not of estimates.",
+            "J",
+            PHASE,
+        ),
         ("budget_joules", "What may be spent.", "J", BUDGET),
         ("budget_spent_joules", "What is spent of it.", "J", BUDGET),
         (
@@ -96,7 +106,10 @@ class Campaigns:
             self._looked_at = time.monotonic()
             with contextlib.suppress(OSError):
                 self._scan()
-            found = [campaign for _, (_, campaign) in sorted(self._files.items()) if campaign is not None]
+            by_run = {
+                campaign.run: campaign for _, (_, campaign) in sorted(self._files.items()) if campaign is not None
+            }
+            found = list(by_run.values())  # of a name one, for a series may be on a page once
             if (living := tuple(found[:MOST_CAMPAIGNS])) != self._living:
                 self._living = living
             return self._living

@@ -43,7 +43,15 @@ function redress() {
   for (const plot of plots) if (plot.dataset.drawn) Plotly.relayout(plot, {template: template()});
 }
 
-async function drawAll() { await loadPlotly(); plots.forEach(draw); }
+// What is out of sight is drawn while nothing else is to be done, one figure at a time, so that print has all of them.
+const idle = () => new Promise(go => ("requestIdleCallback" in window ? requestIdleCallback(go, {timeout: 500}) : setTimeout(go, 50)));
+async function drawAll() {
+  await loadPlotly();
+  for (const plot of plots) {
+    if (!plot.dataset.drawn) await idle();
+    draw(plot);
+  }
+}
 
 if (plots.length && "DecompressionStream" in window) {
   const seen = new IntersectionObserver(async entries => {
@@ -53,7 +61,7 @@ if (plots.length && "DecompressionStream" in window) {
     near.forEach(plot => { seen.unobserve(plot); draw(plot); });
   }, {rootMargin: "900px"});
   plots.forEach(plot => seen.observe(plot));
-  addEventListener("load", () => ("requestIdleCallback" in window ? requestIdleCallback : setTimeout)(drawAll));  // so that print has them
+  addEventListener("load", drawAll);
 } else {
   plots.forEach(plot => { plot.textContent = "This browser is too old to draw the figure; the tables hold its numbers."; plot.style.minHeight = 0; });
 }
