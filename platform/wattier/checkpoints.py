@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from wattier.choices import can_be_pinned
 from wattier.config import RunConfig
 from wattier.json_lines import append_json_lines, read_json_lines
 from wattier.rundir import FULL_STAGE, RunDir
@@ -50,7 +51,7 @@ def needless(run: RunDir, config: RunConfig) -> list[Path]:
                 paths.append(folder / LAST)
             continue
         paths.append(folder / LAST)  # a trial that has a row is not taken up again
-        may_be_picked = stage == selection.stage and (row.trial_id in picked or (warm and row.status == "complete"))
+        may_be_picked = stage == selection.stage and (row.trial_id in picked or (warm and can_be_pinned(row)))
         if not may_be_picked:
             paths.append(folder / BEST)
     return paths

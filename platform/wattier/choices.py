@@ -67,6 +67,11 @@ def choose(run: RunDir, trials: Sequence[TrialResult], said: Mapping[Choice, Col
         write_json(run.choices_path, dict(sorted((read_choices(run) | new).items())))
 
 
+def can_be_pinned(trial: TrialResult) -> bool:
+    """Whether a person may pick it, which may have been stopped before its end: it can be trained."""
+    return not (trial.diverged or trial.status == "failed")
+
+
 def _check(where: str, choice: str, ids: Collection[str], trials: Sequence[TrialResult]) -> None:
     there = {trial.trial_id: trial for trial in trials}
     for trial_id in ids:
@@ -76,7 +81,7 @@ def _check(where: str, choice: str, ids: Collection[str], trials: Sequence[Trial
             known = ", ".join(list(there)[:SHOWN]) + (" and others" if len(there) > SHOWN else "")
             hint = did_you_mean(trial_id, there) or (f" They are {known}." if known else "")
             raise UserError(f"{where}: {trial_id!r} is no trial{stage}, but must be one that has ended.{hint}")
-        if choice == "pin" and (trial.diverged or trial.status == "failed"):
+        if choice == "pin" and not can_be_pinned(trial):
             how = "diverged" if trial.diverged else "failed"
             raise UserError(f"{where}: {trial_id!r} {how}, but must be a trial that can be trained. Pin another one.")
 

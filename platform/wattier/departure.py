@@ -26,6 +26,7 @@ WRAP_UP_SECONDS = 15.0  # of the command, when its trials are gone: records, Ray
 START_SECONDS = 30.0  # a trial that started later would do little but start
 MARGIN_SECONDS = 3.0  # beyond what a trial says it needs: the end of its meter and process group, clocks that differ
 POLL_SECONDS = 0.5
+AT_ONCE = 0.0  # by anybody's clock, also that of a node that is minutes behind
 
 
 class NotFinishedError(KeyboardInterrupt):
@@ -97,8 +98,8 @@ class Departure:
         if not _TRIALS.running or self._has_hurried:
             raise NotFinishedError(name)
         self._has_hurried = True
-        self.leaves_at = time.time()
-        self._write(name, self.leaves_at)
+        self.leaves_at = AT_ONCE
+        self._write(name, AT_ONCE)
 
     def _write(self, reason: str, last_start: float) -> None:
         write_json(self.run.path / LEAVE_NAME, {"at": self.leaves_at, "last_start": last_start, "reason": reason})

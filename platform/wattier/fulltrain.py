@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 from wattier.budget import Budget
 from wattier.config import RunConfig
@@ -13,7 +14,7 @@ from wattier.launch import Launcher, Stage
 from wattier.mirror import Mirror
 from wattier.policy import FixedPolicy
 from wattier.records import Fidelity, Proposal, Selection, TrialResult
-from wattier.rundir import FULL_STAGE, RunDir, append_json_line
+from wattier.rundir import FULL_STAGE, RunDir, append_json_line, read_json
 from wattier.trial_context import RunTrial
 
 
@@ -44,7 +45,7 @@ def train_members(  # noqa: PLR0913, PLR0917  (what runs, who listens, who knows
         n_trials=len(selection.picked),
         early_stop_patience=full.early_stop_patience,
         warm_start_from=selection.stage if full.warm_start else None,
-        seeds={trial_id: config.seed + index for index, trial_id in enumerate(selection.picked)},
+        seeds=member_seeds(run, selection.picked, config.seed),
     )
 
     due = [Proposal(trial_id, params[trial_id]) for trial_id in untrained(run, selection)]
@@ -64,6 +65,24 @@ def train_members(  # noqa: PLR0913, PLR0917  (what runs, who listens, who knows
             append_json_line(run.trials_path, result.to_dict())
         on_result(result)
     return trained_members(run)
+
+
+def member_seeds(run: RunDir, picked: Sequence[str], first: int) -> dict[str, int]:
+    """A seed for each pick, no two alike, that stays with it whatever else is picked later.
+
+    Who has begun keeps the seed that its ``trial.json`` notes, also of one that is no longer picked; the others take
+    the lowest that are free. An earlier version noted none, and seeded by place.
+    """
+    begun: dict[str, int] = {}
+    for note in (run.path / "trials" / FULL_STAGE).glob("*/trial.json"):
+        noted, name = read_json(note), note.parent.name
+        seed = noted.get("seed") if isinstance(noted, dict) else None
+        if isinstance(seed, int):
+            begun[name] = seed
+        elif name in picked:
+            begun[name] = first + picked.index(name)
+    free = (seed for seed in itertools.count(first) if seed not in begun.values())
+    return {trial_id: begun[trial_id] if trial_id in begun else next(free) for trial_id in picked}
 
 
 def untrained(run: RunDir, selection: Selection) -> list[str]:

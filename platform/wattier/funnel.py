@@ -9,7 +9,7 @@ from wattier.config import RunConfig
 from wattier.config_search import StageSection
 from wattier.costs import Costs, fidelity_of, mean_joules
 from wattier.departure import LeaveNote, NotFinishedError, trials_run
-from wattier.launch import Launcher, NotNow, Policy, Stage
+from wattier.launch import Launcher, NotNow, Policy, Stage, was_cut_off
 from wattier.mirror import Mirror
 from wattier.multifidelity import Observation
 from wattier.objectives import Objectives
@@ -158,12 +158,15 @@ class _Mirrored:
 
 
 def adopt_finished(stage: Stage) -> None:
-    """Record the trials that finished while no driver was there to write it down."""
+    """Record the trials that finished while no driver was there to write it down; who was cut off goes on."""
     name = stage.fidelity.stage
     known = {result.trial_id for result in stage.run.trials(name)}
     for path in sorted((stage.run.path / "trials" / name).glob("*/result.json")):
         if path.parent.name not in known:
             result = stage.recorded(path)
+            if was_cut_off(path.parent, result):
+                path.unlink()
+                continue
             append_json_line(stage.run.trials_path, result.to_dict())
 
 

@@ -32,6 +32,7 @@ from wattier.rundir import RunDir, decode, read_json, write_json
 from wattier.trial_context import RunTrial, TrialContext, TrialSpec, failed_result, judged, left_result
 from wattier_gnn.distributed import World
 
+STOPPED_NAME = "stopped.json"  # in the folder of a trial that the policy stopped
 NOTHING_RUNS = "the policy answered LATER while no trial runs, so that nothing would ever change: a bug in the policy"
 
 
@@ -88,10 +89,11 @@ class Stage:
         """Make the trial's folder and note what runs in it, so that a killed run knows what to take up again."""
         folder = self.run.trial_folder(self.fidelity.stage, proposal.trial_id)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (ERROR_NAME, "result.json", LEFT_RESULT):  # of an attempt that counts no more
+        for name in (ERROR_NAME, "result.json", LEFT_RESULT, STOPPED_NAME):  # of an attempt that counts no more
             (folder / name).unlink(missing_ok=True)
-        write_json(folder / "trial.json", finite_or_none(asdict(proposal)))
-        return self.spec(proposal)
+        spec = self.spec(proposal)
+        write_json(folder / "trial.json", finite_or_none(asdict(proposal)) | {"seed": spec.seed})
+        return spec
 
     def outcome(self, proposal: Proposal, error: str | None) -> TrialResult:
         """The result that a trial left, or the record of one that left none, or none that can be read."""
@@ -196,7 +198,10 @@ class InlineLauncher:
             process.start()
 
         def report(record: EpochRecord) -> bool:
-            return policy.on_epoch(spec.proposal.trial_id, checked_record(record))
+            goes_on = policy.on_epoch(spec.proposal.trial_id, checked_record(record))
+            if not goes_on:
+                note_stop(stage.run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id))
+            return goes_on
 
         error = None
         for attempt in range(stage.config.resources.retries + 1):
@@ -259,6 +264,19 @@ def too_late(spec: TrialSpec) -> bool:
         folder = run.trial_folder(spec.fidelity.stage, spec.proposal.trial_id)
         write_left(left_result(spec, run, reason), folder)
     return reason is not None
+
+
+def note_stop(folder: Path) -> None:
+    """Note that the policy stops a trial, before the trial hears of it.
+
+    Tune stops its trials in the same way when the command breaks off, and they leave the same result.
+    """
+    write_json(folder / STOPPED_NAME, {})
+
+
+def was_cut_off(folder: Path, result: TrialResult) -> bool:
+    """Whether a trial that left a result as one that was stopped was not stopped by its policy: it is to go on."""
+    return result.status == "pruned" and not result.diverged and not (folder / STOPPED_NAME).exists()
 
 
 def write_left(result: TrialResult, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from wattier.departure import LEFT_RESULT, LeaveNote, NotFinishedError
 from wattier.errors import UserError
-from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage, write_left
+from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage, note_stop, write_left
 from wattier.outcome import (
     LONGEST_ERROR,
     LONGEST_REASON,
@@ -24,7 +26,7 @@ from wattier.outcome import (
     write_reason,
 )
 from wattier.ray_cluster import Bundle, own_node_lives, what_is_missing
-from wattier.records import EpochRecord, Proposal
+from wattier.records import EpochRecord, Proposal, TrialResult
 from wattier.stall import StallWatch
 from wattier.trial_context import left_result
 from wattier.trial_output import output_name
@@ -87,6 +89,8 @@ class Driver:
     def ended(self, tune_id: str, *, error: bool) -> None:
         """Tune is done with a trial; a stopped one may still be unwinding."""
         self.watch.ended(tune_id)
+        if self.problem is not None:  # nothing is recorded any more; the next command takes it up again
+            return
         reason = self.reasons.pop(tune_id, "the trial's process died") if error else None
         if reason is not None and (told := self.leave.due()) is not None:  # it did not get away in time: no failure
             spec = self.stage.spec(self.started[tune_id])
@@ -113,19 +117,29 @@ class Driver:
         self.reasons.pop(tune_id, None)
         self.watch.started(tune_id, self.folder(tune_id))
 
+    def stops(self, tune_id: str) -> None:
+        """The policy stops a trial."""
+        note_stop(self.folder(tune_id))
+
     def collect(self, *, wait: bool = False) -> None:
         """Record every ended trial whose result is there, or whose result will not come."""
-        while self.unwinding:
+        while self.unwinding and self.problem is None:
             for tune_id, ended in list(self.unwinding.items()):
                 is_there = any((self.folder(tune_id) / name).exists() for name in ("result.json", LEFT_RESULT))
                 if is_there or ended.error is not None or time.monotonic() >= ended.deadline:
                     del self.unwinding[tune_id]
-                    result = self.stage.outcome(self.started.pop(tune_id), ended.error)
-                    self.policy.on_result(result)
-                    self.on_result(result)
+                    self._tell(self.stage.outcome(self.started.pop(tune_id), ended.error))
             if not wait:
                 return
             time.sleep(0.05)
+
+    def _tell(self, result: TrialResult) -> None:
+        try:
+            self.policy.on_result(result)
+            self.on_result(result)
+        except Exception as problem:  # as of a full disk: Tune goes on asking while it ends its trials
+            self.problem = problem
+            raise
 
     def look_after(self, trials: list[Any]) -> None:
         """Kill what has stalled; give up when the cluster has lost what trials need."""
@@ -263,6 +277,8 @@ def scheduler_of(driver: Driver) -> Any:
             driver.watch.heard(trial.trial_id)
             record = EpochRecord.from_dict(json.loads(result["record_json"]))
             go_on = driver.policy.on_epoch(driver.started[trial.trial_id].trial_id, record)
+            if not go_on:
+                driver.stops(trial.trial_id)
             return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
 
         def on_trial_error(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
@@ -278,10 +294,20 @@ def scheduler_of(driver: Driver) -> Any:
 
 
 def callback_of(driver: Driver) -> Any:
-    """What Tune tells of attempts and of the passing of time; pickled and copied as the searcher is."""
+    """What Tune tells of attempts and of the passing of time; pickled and copied as the searcher is.
+
+    To be called before Tune runs: it gives SIGUSR1 back to whoever hears it now.
+    """
     from ray.tune import Callback
 
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    on_usr1 = signal.getsignal(signal.SIGUSR1) if on_main_thread else None
+
     class Watch(Callback):
+        def setup(self, *args: Any, **info: Any) -> None:  # noqa: ARG002
+            if on_main_thread:
+                signal.signal(signal.SIGUSR1, on_usr1)  # Tune puts in one that ends all trials, and says nothing
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
             driver.begins(trial.trial_id)
 

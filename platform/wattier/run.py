@@ -181,8 +181,7 @@ def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
     members = trained_members(run)
     if still_holds(run.evaluation(), config, members):
         return
-    if (reason := LeaveNote(run).due()) is not None:
-        raise NotFinishedError(reason)
+    _leave_if_due(run)
     listener.phase("evaluation")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     meter = metered(run.phase_folder("evaluation"), "driver", config.telemetry, on_gpu=device.type == "cuda")
@@ -193,7 +192,13 @@ def evaluate(run: RunDir, config: RunConfig, listener: Listener) -> None:
 def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listener) -> bool:
     """Everything, from data to release; False when there was nothing left to do."""
     search(run, config, launcher, listener)
-    select(run, config, listener)
+    if _is_selected_by_an_earlier_version(run):
+        listener.say(
+            "the selection is of an earlier version and its members are trained, so it is kept; `wattier select` picks "
+            "by the rules of this one"
+        )
+    else:
+        select(run, config, listener)
     if config.trial is not None:  # what is chosen is trained by whoever wrote the function
         if _is_younger([run.report_path], run):
             return False
@@ -203,10 +208,26 @@ def run_all(run: RunDir, config: RunConfig, launcher: Launcher, listener: Listen
     evaluate(run, config, listener)
     if _is_up_to_date(run):
         return False
+    _leave_if_due(run)
     listener.phase("release")
     export_release(run, config)
     write_report(run)
     return True
+
+
+def _is_selected_by_an_earlier_version(run: RunDir) -> bool:
+    """Whether all is trained that was picked by rules which the selection does not name: this version may pick others.
+
+    Nobody has asked for what those would cost.
+    """
+    selection = run.selection()
+    return selection is not None and not selection.rules and not untrained(run, selection)
+
+
+def _leave_if_due(run: RunDir) -> None:
+    """Begin nothing new when the command is to leave; while trials ran it was they who were told."""
+    if (reason := LeaveNote(run).due()) is not None:
+        raise NotFinishedError(reason)
 
 
 @contextmanager

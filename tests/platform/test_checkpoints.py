@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from wattier.checkpoints import remove_needless, removed_info
@@ -74,7 +77,7 @@ def test_what_nobody_needs_goes_and_records_stay(tmp_path):
 def test_what_another_selection_would_begin_from_stays(tmp_path):
     run, config = make(tmp_path, warm_start=True)
     remove_needless(run, config)
-    assert left(run) == sorted([*ALWAYS, "deep/deep-001/best.pt"])
+    assert left(run) == sorted([*ALWAYS, "deep/deep-001/best.pt", "deep/deep-002/best.pt"])  # who was stopped, by hand
 
 
 def test_all_may_be_kept(tmp_path):
@@ -104,3 +107,26 @@ def test_a_removal_that_was_killed_goes_on_and_counts_each_file_once(tmp_path, m
     remove_needless(run, config)
     assert left(run) == ALWAYS
     assert removed_info(run) == (10, 10 * BYTES)
+
+
+@pytest.mark.parametrize(
+    ("picked", "rules", "kept"),
+    [
+        (("deep-000", "deep-001"), {}, True),
+        (("deep-000",), {"accurate": 1}, False),
+        (("deep-000", "deep-002"), {}, False),  # not all are trained
+    ],
+)
+def test_a_trained_selection_of_an_earlier_version_costs_nothing_anew(tmp_path, monkeypatch, picked, rules, kept):
+    from wattier import run as steps
+
+    run, config = make(tmp_path, picked)
+    write_json(run.selection_path, replace(run.selection(), rules=rules).to_dict())
+    asked = []
+    for name in ("search", "train", "evaluate"):
+        monkeypatch.setattr(steps, name, lambda *_: None)
+    monkeypatch.setattr(steps, "select", lambda *_: asked.append("select"))
+    monkeypatch.setattr(steps, "_is_up_to_date", lambda _: True)
+    steps.run_all(run, config, None, SimpleNamespace(say=asked.append))
+    assert (asked == ["select"]) is not kept
+    assert ("earlier version" in asked[0]) is kept

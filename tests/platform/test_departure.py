@@ -25,11 +25,12 @@ from wattier.departure import (
     trials_run,
 )
 from wattier.errors import UserError
-from wattier.launch import InlineLauncher, Stage
+from wattier.fulltrain import member_seeds
+from wattier.launch import STOPPED_NAME, InlineLauncher, Stage, note_stop
 from wattier.own_model import OwnTrial
 from wattier.policy import FixedPolicy
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
-from wattier.rundir import LEAVE_NAME, RunDir, append_json_line
+from wattier.rundir import FULL_STAGE, LEAVE_NAME, RunDir, append_json_line, write_json
 from wattier.trial_context import ended_result
 from wattier.walltime import Limit, job_limit, limit_of, seconds_of
 from wattier_telemetry import EnergyReport
@@ -145,6 +146,13 @@ class TestSignals:
             with pytest.raises(NotFinishedError, match="SIGUSR1"):
                 os.kill(os.getpid(), signal.SIGUSR1)
 
+    def test_so_is_a_trial_whose_node_is_an_hour_behind(self, run, monkeypatch):
+        with leaving_in_time(run, None), trials_run():
+            os.kill(os.getpid(), signal.SIGTERM)
+            now = time.time()
+            monkeypatch.setattr(departure.time, "time", lambda: now - 3600)
+            assert (LeaveNote(run).due(), LeaveNote(run).too_late_to_start()) == ("SIGTERM", "SIGTERM")
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
     def test_where_no_trial_runs_it_leaves_at_once(self, run, number):
         with leaving_in_time(run, None), pytest.raises(NotFinishedError, match=number.name):
@@ -217,6 +225,63 @@ def test_a_stage_that_is_left_goes_on_where_it_was(run, capsys):
     ]  # fmt: skip
     assert [row.ended for row in run.trials()] == ["epochs"] * 3
     assert left_trials(run) == []
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_who_was_cut_off_with_the_command_is_not_taken_for_one_that_the_policy_stopped(run, stopped):
+    """Tune ends its trials alike when the command breaks off, as on a full disk: such a result is no row."""
+    stage = Stage(run, run.config(), Fidelity("s", None, 4, 1), 1)
+    proposal = Proposal("s-000", {"learning_rate": 1e-3})
+    stage.open_trial(proposal)
+    folder = run.trial_folder("s", "s-000")
+    result = TrialResult(
+        "leaving", "s-000", proposal.params, stage.fidelity, "pruned", 0.5, {}, 2, 2, 1.0, EnergyReport.empty(),
+        ended="stopped",
+    )  # fmt: skip
+    write_json(folder / "result.json", result.to_dict())
+    if stopped:
+        note_stop(folder)
+    funnel.adopt_finished(stage)
+    assert [row.status for row in run.trials()] == (["pruned"] if stopped else [])
+    assert (folder / "result.json").exists() is stopped
+
+
+def test_a_policys_stop_is_noted_and_forgotten_with_the_attempt(run):
+    class Stops(FixedPolicy):
+        def on_epoch(self, trial_id, record):
+            return False
+
+    def one_epoch(context):
+        assert context.report(EpochRecord(1, 1.0, 1.0, {}, 1, 1.0, 1e-3)) is False
+        raise SystemExit
+
+    stage = Stage(run, run.config(), Fidelity("s", None, 4, 1), 1)
+    proposal = Proposal("s-000", {"learning_rate": 1e-3})
+    InlineLauncher().run(stage, Stops([proposal]), one_epoch, lambda _: None)
+    note = run.trial_folder("s", "s-000") / STOPPED_NAME
+    assert note.exists()
+    stage.open_trial(proposal)
+    assert not note.exists()
+
+
+class TestSeeds:
+    def begin(self, run, picked, trial_id):
+        seeds = member_seeds(run, picked, 7)
+        stage = Stage(run, run.config(), Fidelity(FULL_STAGE, None, 4, 1), len(picked), seeds=seeds)
+        assert stage.open_trial(Proposal(trial_id, {})).seed == seeds[trial_id]
+        return seeds
+
+    def test_they_stay_with_their_members_whatever_is_picked_later(self, run):
+        assert self.begin(run, ("a", "b", "c"), "c") == {"a": 7, "b": 8, "c": 9}
+        assert self.begin(run, ("a", "b", "c"), "a") == {"a": 7, "b": 8, "c": 9}
+        assert member_seeds(run, ("new", "c", "b"), 7) == {"new": 8, "c": 9, "b": 10}, "a was trained with 7"
+
+    def test_those_that_an_earlier_version_began_go_by_place(self, run):
+        for name in ("a", "b"):
+            folder = run.trial_folder(FULL_STAGE, name)
+            folder.mkdir(parents=True)
+            write_json(folder / "trial.json", {"trial_id": name, "params": {}})
+        assert member_seeds(run, ("a", "b", "c"), 7) == {"a": 7, "b": 8, "c": 9}
 
 
 def test_a_signal_in_the_last_trial_does_not_spoil_a_stage_that_is_done(run):

@@ -3,15 +3,17 @@
 import itertools
 import logging
 import random
+import signal
 from types import SimpleNamespace
 
 import pytest
 
-from wattier import ray_driver
+from wattier import broken_amdsmi, ray_driver
 from wattier.errors import UserError
 from wattier.ray_cluster import missing_of
-from wattier.ray_driver import Driver
-from wattier.records import Fidelity
+from wattier.ray_driver import Driver, callback_of
+from wattier.records import Fidelity, Proposal
+from wattier.rundir import RunDir
 
 
 def fits(bundle, ranks, nodes):
@@ -48,10 +50,10 @@ def test_what_is_missing_is_said_with_figures():
 
 
 @pytest.fixture
-def driver(monkeypatch):
+def driver(monkeypatch, tmp_path):
     """A driver whose clock and whose cluster the test turns."""
     config = SimpleNamespace(resources=SimpleNamespace(stall_seconds=100.0))
-    stage = SimpleNamespace(config=config, fidelity=Fidelity("only", None, 1, 2))
+    stage = SimpleNamespace(config=config, fidelity=Fidelity("only", None, 1, 2), run=RunDir(tmp_path))
     driver = Driver(stage, None, None, {"CPU": 1.0})
     world = SimpleNamespace(now=1000.0, missing=None, lives=True)
     monkeypatch.setattr(ray_driver.time, "monotonic", lambda: world.now)
@@ -98,3 +100,37 @@ def test_the_loss_of_its_own_node_ends_it(driver):
     driver.world.lives = False
     with pytest.raises(UserError, match="Ray itself was lost"):
         wait(driver, 10, "PENDING")
+
+
+def test_tune_does_not_keep_the_signal_that_batch_systems_send(driver, tmp_path):
+    with broken_amdsmi.hidden(tmp_path / "hidden"):
+        from ray.tune.tune import _setup_signal_catching
+
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        watch = callback_of(driver)
+        broken_off = _setup_signal_catching()  # what Tune does before it sets up its callbacks
+        watch.setup()
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1]
+    assert not broken_off.is_set()
+
+
+def test_what_breaks_the_driver_is_what_is_raised_and_no_other_trial_is_recorded(driver):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    outcomes = []
+    driver.policy, driver.on_result = SimpleNamespace(on_result=lambda _: None), full
+    driver.stage.outcome = lambda proposal, _: outcomes.append(proposal) or "result"
+    driver.started = {"a": Proposal("only-000", {}), "b": Proposal("only-001", {})}
+    driver.reasons = {"a": "died"}
+    with pytest.raises(OSError, match="No space") as problem:
+        driver.ended("a", error=True)
+    driver.ended("b", error=False)  # as Tune, which now ends all that runs, says of the other one
+    driver.collect()
+    assert driver.problem is problem.value
+    assert [proposal.trial_id for proposal in outcomes] == ["only-000"]
