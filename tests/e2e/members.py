@@ -42,7 +42,7 @@ CONFIG = {
         "space": {"hidden_dim": {"low": 8, "high": 16, "step": 8}},
         "stages": [{"name": "deep", "trials": 2, "structures": 100, "epochs": 1, "reduction_factor": None}],
     },
-    "select": {"accurate": 2, "balanced": 0},
+    "select": {"accurate": 2, "balanced": 0, "accurate_rule": "lowest", "min_distance": 0},
     "full_training": {"epochs": 45, "early_stop_patience": 45},
 }  # fmt: skip
 

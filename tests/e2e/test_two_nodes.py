@@ -140,7 +140,7 @@ def test_a_submitted_run_goes_on_when_its_submitter_is_interrupted(submit, tmp_p
     run = RunDir(tmp_path / "run")
     wait_until(run.trials_path.parent.exists)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
     assert "The job goes on without us. Follow it: ray job logs --follow --address" in err
     wait_until(run.report_path.exists)
@@ -155,7 +155,7 @@ def wait_until(condition, seconds=120):
 
 
 def test_a_lost_node_costs_only_what_was_not_saved(nodes, tmp_path):
-    outcome = run_funnel(nodes, write_config(SMALL, tmp_path), kill_node=True)
+    outcome = run_funnel(nodes, write_config(SMALL, tmp_path), kill_node=True, rest_seconds=0.03)
     assert outcome.killed_after is not None, outcome.log
     assert outcome.code == 0, outcome.log
     assert outcome.statuses == {("wide", "complete"): 4, ("deep", "complete"): 1, ("full", "complete"): 1}

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from observed import observed_seconds
 from ray_nodes import RayNodes, is_loopback
 
 from wattier.ledger import ledger_info
 from wattier.rundir import RunDir, read_json_lines
+from wattier_telemetry.registration import read_registrations
 
 HERE = Path(__file__).parent
 WATTS = 100.0
@@ -96,19 +96,14 @@ def _wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> bool:
 
 
 def _work_would_be_lost(nodes: RayNodes, run: RunDir, victim: int) -> bool:
-    """A node runs trials, and every trial that runs has finished an epoch and saved it."""
+    """A trial runs on the node, and every trial that runs has finished an epoch and saved it."""
     running = [path.parent for path in run.path.glob("trials/*/*/attempt1-rank0.energy.json")]
     running = [path for path in running if not (path / "result.json").exists()]
     if not running or not all((path / "last.pt").exists() for path in running):
         return False
-    return any("train" in _title(process) for process in nodes.workers(victim))
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    workers = {process.pid for process in nodes.workers(victim)}
+    there = [trial for trial in read_registrations(nodes.folder / "registry") if trial.pid in workers]
+    return any(run.trial_folder(trial.stage, trial.trial) in running for trial in there)
 
 
 def _looked_at(outcome: Outcome, witness: Path) -> Outcome:

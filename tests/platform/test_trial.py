@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class Quiet:
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WATTIER_REGISTRY", str(tmp_path / "registry"))
 
-    def build(space: dict, ranks: int = 1, trials: int = 2, **select: int) -> tuple[RunDir, RunConfig]:
+    def build(space: dict, ranks: int = 1, trials: int = 2, **select: Any) -> tuple[RunDir, RunConfig]:
         text = yaml.safe_dump({
             "name": "trial", "run_dir": str(tmp_path / "run"), "launcher": "inline",
             "data": {"sources": {"qm7x": "sample"}, "cutoff_angstrom": 3.0},
@@ -147,7 +148,7 @@ def test_one_member_is_released_without_uncertainty(make) -> None:
 
 
 def test_other_weights_are_found_without_training_again(make) -> None:
-    run, config = make({"hidden_dim": {"choices": [8, 16]}}, accurate=2, balanced=0)
+    run, config = make({"hidden_dim": {"choices": [8, 16]}}, accurate=2, balanced=0, accurate_rule="lowest")
     with steps.launcher_for(config) as launcher:
         assert steps.run_all(run, config, launcher, Quiet())
         before = run.evaluation()
