@@ -96,11 +96,10 @@ def _notes(selection: Selection) -> list[str]:
     lines = [f"{tier.name}: {note}." for tier in selection.tiers for note in tier.notes]
     every, saved = selection.projected_joules_all, selection.saved_joules
     if saved is not None and every:
-        lines.append(
-            f"Training these {len(selection.picked)} to convergence: {format_joules(selection.projected_joules)} "
-            f"projected, {format_joules(saved)} ({format_ratio(saved / every)}) less than all "
-            f"{len(selection.candidates)} candidates."
-        )
+        words = f"Training what was picked to convergence: {format_joules(selection.projected_joules)} projected"
+        if saved:
+            words += f", {format_joules(saved)} ({format_ratio(saved / every)}) less than all candidates"
+        lines.append(f"{words}.")
     return lines
 
 

@@ -112,7 +112,7 @@ def gap(question: Question) -> Verdict:
     if size == len(ordered):
         return Verdict([Judged(s, "with no gap in loss before or behind it") for s in ordered], words)
     width = format_ratio(float(gaps[size - 1])) if relative else f"{gaps[size - 1]:.3g}"
-    inside = f"before a gap of {width} in loss" + (f", with {size - 1} others" if size > 1 else "")
+    inside = f"before a gap of {width} in loss" + (f", with {size - 1} other{'s' * (size > 2)}" if size > 1 else "")
     outside = f"behind a gap of {width} in loss"
     judged = [Judged(s, inside) if i < size else Judged(s, outside, "behind_gap") for i, s in enumerate(ordered)]
     return Verdict(judged, words)

@@ -98,7 +98,7 @@ def convergence_words(trial_id: str, sticks: Yardsticks) -> list[str]:
     if projected is None:
         return []
     words = f"to convergence {format_joules(projected)}"
-    if every:
+    if every and sticks.candidates > 1:
         words += f", {format_ratio(projected / every)} of what training all {sticks.candidates} would take"
     return [words]
 
