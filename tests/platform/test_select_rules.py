@@ -99,7 +99,7 @@ class TestAccurate:
             chosen = select(trials, accurate=3, balanced=0, **how)
             assert ids(chosen, "accurate") == ["a", "b"]
             assert ("cannot be estimated" in str(tier(chosen, "accurate").notes)) == ("curves" in how)
-            assert "before a gap of 36 % in loss, with 1 others" in tier(chosen, "accurate").picks[0].reason
+            assert "before a gap of 36 % in loss, with 1 other" in tier(chosen, "accurate").picks[0].reason
             assert chosen.noise is None
         assert ids(select(trials, accurate=4, balanced=0), "accurate") == ["a", "b", "c", "d"]
 
