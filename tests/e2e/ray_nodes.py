@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import random
 import secrets
 import shutil
 import subprocess
@@ -196,6 +197,14 @@ def serve(folder: Path, cpus: list[int]) -> None:
             probe.bind(("127.0.0.1", 0))
             return probe.getsockname()[1]
 
+    def port_nobody_is_given() -> int:
+        """Below those that the kernel gives out: Ray's servers share ports (SO_REUSEPORT), strangers would answer."""
+        for candidate in random.sample(range(20_000, 32_000), 100):
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", candidate))
+                return candidate
+        raise RuntimeError("no free port from 20000 to 31999")
+
     port, agent_port = free_port(), free_port()
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
     cluster = Cluster(shutdown_at_exit=False)
@@ -208,7 +217,8 @@ def serve(folder: Path, cpus: list[int]) -> None:
 
     add(
         cpus[0], include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
-        dashboard_agent_listen_port=agent_port, _system_config=QUICK_HEALTH_CHECKS,
+        dashboard_agent_listen_port=agent_port, gcs_server_port=port_nobody_is_given(),
+        _system_config=QUICK_HEALTH_CHECKS,
     )  # fmt: skip
     for count in cpus[1:]:
         add(count)
