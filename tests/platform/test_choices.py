@@ -20,6 +20,7 @@ from wattier.config_ensemble import SelectSection
 from wattier.errors import UserError
 from wattier.rundir import RunDir, append_json_line, write_json
 from wattier.select_console import print_tiers
+from wattier.units import format_joules
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import planted_campaign
@@ -175,8 +176,9 @@ class TestFaces:
     def test_it_says_what_the_choice_saves(self, whole_run):
         record = whole_run.selection()
         text = " ".join(printed(whole_run, 80).split())
-        assert f"{len(record.candidates)} candidates." in text
-        assert "less than all" in text
+        saved = format_joules(record.saved_joules)
+        assert f"projected, {saved} (" in text
+        assert "less than all candidates." in text
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.005])
