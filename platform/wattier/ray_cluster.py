@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -49,19 +47,6 @@ def _token() -> str:
     return secrets.token_hex(32)
 
 
-def _own_port() -> int:
-    """A free port below those that the kernel gives out, or 0 = any, for the head of a private cluster.
-
-    Ray's servers share ports (SO_REUSEPORT): given any port, another cluster of the same user may be given it too, and
-    then answers for this one, which it refuses by its token.
-    """
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):  # whatever seed somebody has set
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    return 0
-
-
 @contextmanager
 def cluster(resources: ResourcesSection) -> Iterator[str | None]:
     """Connect to Ray for the length of the block; a private cluster ends with it. Yields the URL of Ray's dashboard.
@@ -84,7 +69,6 @@ def cluster(resources: ResourcesSection) -> Iterator[str | None]:
             token.touch(mode=0o600)
             token.write_text(_token())
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-            os.environ["RAY_GCS_SERVER_PORT"] = str(_own_port())
             options = {
                 "address": "local",
                 "include_dashboard": False,

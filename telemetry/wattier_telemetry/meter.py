@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import psutil
 
 from wattier_telemetry.account import Account
 from wattier_telemetry.journal import Journal
-from wattier_telemetry.records import Attribution, Device, EnergyReport
+from wattier_telemetry.records import Attribution, Device, EnergyReport, Reading
 from wattier_telemetry.source import PowerSource
 
 _FIRST_TICK_SECONDS = 0.01  # a source without a power field shows its power only at its second reading
@@ -25,7 +25,16 @@ _EDGE_REFRESHES = 3  # a counter that has not moved for so long after the end wi
 _LOCK_SECONDS = 0.1  # between two looks whether the meter was closed by whoever has the lock
 _JITTER = 0.2  # of the interval: samples in step with a load that pulsates would see only one side of it
 _RESERVED_INTERVALS = 2.5
+_TIMES_ASKED = 3  # at most, while the answers come late
+_HELD_UP_RATIO, _HELD_UP_SECONDS = 2.0, 0.0002  # late are those that took so much longer than the quickest did
 _LONGEST_GAP_INTERVALS = 5.0
+
+
+class _Answer(NamedTuple):
+    """What a device answered, or why it did not, and how long after all were asked."""
+
+    reading: Reading | Exception
+    late_seconds: float
 
 
 class EnergyMeter:
@@ -111,26 +120,27 @@ class EnergyMeter:
         self._sampled_at = self._journaled_at = 0.0
         self._pid = os.getpid()
         self._gaps: deque[float] = deque(maxlen=16)
+        self._answer_seconds: deque[float] = deque(maxlen=16)  # how long it took until all devices had answered
         self._report: EnergyReport | None = None
 
     def __enter__(self) -> Self:
         """Open the window: reserve in the journal first, then take the first reading."""
         if self._opened_at is not None:
             raise RuntimeError("an EnergyMeter measures one window; make a new one for the next")
+        before = self._monotonic()
         for account in self._accounts:
             try:
                 account.preview(self._source.read(account.device))
             except Exception:  # noqa: BLE001  (the first sample will report it)
                 continue
+        self._answer_seconds.append(self._monotonic() - before)
         self._wait_for_the_device()
         if self._journal_path is not None:
             self._journal = Journal(self._journal_path)
             self._start_seconds = self._clock()
             self._journal.write(self._build(0.0, reserved_seconds=self._horizon_seconds()))
         self._pid = os.getpid()
-        self._start_seconds, self._opened_at = self._clock(), self._monotonic()
-        self._sampled_at = self._journaled_at = self._opened_at
-        self._sample(self._opened_at)
+        self._open()
         self._thread = threading.Thread(target=self._run, name="wattier-energy-meter", daemon=True)
         self._thread.start()
         return self
@@ -150,8 +160,7 @@ class EnergyMeter:
             self._thread.join()
         self._wait_for_the_device()
         with self._lock:
-            now = self._monotonic()
-            self._sample(now, journal=False)
+            now = self._sample()
             try:
                 self._look_back(now)
             finally:
@@ -188,8 +197,8 @@ class EnergyMeter:
                 return self._report
             if self._opened_at is None:
                 return EnergyReport.empty()
-            now = self._monotonic()
-            self._sample(now)
+            now = self._sample()
+            self._write_journal(now)
             return self._build(now - self._opened_at)
 
     def _run(self) -> None:
@@ -199,9 +208,9 @@ class EnergyMeter:
                 if self._stop.is_set():  # a signal handler closes the meter while its thread is in `so_far`
                     return
             try:
-                now = self._monotonic()
-                due = self._journaled_at + self._journal_seconds - self._interval_seconds / 2
-                self._sample(now, journal=now >= due)
+                now = self._sample()
+                if now >= self._journaled_at + self._journal_seconds - self._interval_seconds / 2:
+                    self._write_journal(now)
                 fast = any(account.wants_fast_readings for account in self._accounts)
             finally:
                 self._lock.release()
@@ -211,23 +220,66 @@ class EnergyMeter:
                 interval = self._interval_seconds * random.uniform(1 - _JITTER, 1 + _JITTER)
                 delay = max(0.0, interval - (self._monotonic() - now))
 
-    def _sample(self, now: float, *, journal: bool = True) -> None:
-        """Read every device; one time for all, so that a window in which all answered is covered exactly."""
-        for account in self._accounts:
-            try:
-                reading = self._source.read_energy(account.device)
-                late = self._monotonic() - now
-                account.add(now, reading, self._owners.fraction_of(account.device), late_seconds=late)
-            except Exception as error:  # noqa: BLE001  (whatever a source raises, the other devices must be billed)
-                account.fail(error)
+    def _open(self) -> None:
+        """Take the first reading: the window begins where it was asked for."""
+        before = self._monotonic()
+        self._start_seconds = self._clock()
+        now, answers = self._read_all()
+        self._start_seconds += now - before
+        self._opened_at = self._sampled_at = self._journaled_at = now
+        self._book(now, answers)
+        self._write_journal(now)
+
+    def _sample(self) -> float:
+        """Read every device; return when they were asked."""
+        now, answers = self._read_all()
+        self._book(now, answers)
+        return now
+
+    def _read_all(self) -> tuple[float, list[_Answer]]:
+        """Ask every device at one time, so that a window in which all answered is covered exactly.
+
+        Joules run to the moment a device answers, seconds to the moment it is asked. Where somebody held the thread up
+        in between, it asks again.
+        """
+        for _ in range(_TIMES_ASKED):
+            now = self._monotonic()
+            answers = [self._ask(account.device, now) for account in self._accounts]
+            seconds = self._monotonic() - now
+            usual = min(self._answer_seconds, default=seconds)
+            self._answer_seconds.append(seconds)
+            if seconds <= _HELD_UP_RATIO * usual + _HELD_UP_SECONDS:
+                break
+        return now, answers
+
+    def _ask(self, device: Device, now: float) -> _Answer:
+        try:
+            reading = self._source.read_energy(device)
+        except Exception as error:  # noqa: BLE001  (whatever a source raises, the other devices must be billed)
+            return _Answer(error, 0.0)
+        return _Answer(reading, self._monotonic() - now)
+
+    def _book(self, now: float, answers: list[_Answer]) -> None:
         self._gaps.append(now - self._sampled_at)
         self._sampled_at = now
-        if journal and self._journal is not None and self._opened_at is not None:
-            self._journaled_at = now
+        for account, answer in zip(self._accounts, answers, strict=True):
+            if isinstance(answer.reading, Exception):
+                account.fail(answer.reading)
+                continue
             try:
-                self._journal.write(self._build(now - self._opened_at, reserved_seconds=self._horizon_seconds()))
-            except OSError as failure:
-                self._journal_failure = str(failure)
+                fraction = self._owners.fraction_of(account.device)
+                account.add(now, answer.reading, fraction, late_seconds=answer.late_seconds)
+            except Exception as error:  # noqa: BLE001  (nor what it answers)
+                account.fail(error)
+
+    def _write_journal(self, now: float) -> None:
+        if self._journal is None or self._opened_at is None:
+            return
+        self._journaled_at = now
+        try:
+            self._journal.write(self._build(now - self._opened_at, reserved_seconds=self._horizon_seconds()))
+        except OSError as failure:
+            self._journal_failure = str(failure)
 
     def _look_back(self, closed_at: float) -> None:
         """Read on until the counters have moved once more; only then is it known what they held at the end."""

@@ -10,7 +10,6 @@ import contextlib
 import ipaddress
 import json
 import os
-import random
 import secrets
 import shutil
 import subprocess
@@ -190,20 +189,13 @@ def serve(folder: Path, cpus: list[int]) -> None:
 
     said = os.dup(1)
     os.dup2(2, 1)  # what Ray prints is no answer
+    from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster
 
     def free_port() -> int:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return probe.getsockname()[1]
-
-    def port_nobody_is_given() -> int:
-        """Below those that the kernel gives out: Ray's servers share ports (SO_REUSEPORT), strangers would answer."""
-        for candidate in random.sample(range(20_000, 32_000), 100):
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", candidate))
-                return candidate
-        raise RuntimeError("no free port from 20000 to 31999")
 
     port, agent_port = free_port(), free_port()
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
@@ -212,13 +204,15 @@ def serve(folder: Path, cpus: list[int]) -> None:
 
     def add(count: int, **more: Any) -> None:
         # A folder each: on machines of their own, nodes do not clear away each other's copies of a working directory.
-        node = cluster.add_node(num_cpus=count, temp_dir=str(folder / f"r{len(raylets)}"), **common, **more)
+        temp_dir = str(folder / f"r{len(raylets)}")
+        node = cluster.add_node(num_cpus=count, temp_dir=temp_dir, **common, **more)
+        # As `ray start` does: where nothing is noted, Ray tells a job to join any cluster that it finds on the machine.
+        write_ray_address(cluster.address, temp_dir)
         raylets.append(node.all_processes["raylet"][0].process.pid)
 
     add(
         cpus[0], include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
-        dashboard_agent_listen_port=agent_port, gcs_server_port=port_nobody_is_given(),
-        _system_config=QUICK_HEALTH_CHECKS,
+        dashboard_agent_listen_port=agent_port, _system_config=QUICK_HEALTH_CHECKS,
     )  # fmt: skip
     for count in cpus[1:]:
         add(count)

@@ -96,7 +96,7 @@ def search(run, config):
 
 def test_power_is_held_down_while_a_trial_trains_and_only_then(simulate, make, tmp_path):
     driver = simulate(reasons=POWER_CAP, refresh=0.001)
-    run, config = make([0.5, 0.7], trials=4, epochs=2)
+    run, config = make([0.5, 0.7], trials=4, epochs=20)  # as long as many readings: each edge is known to some ms
     search(run, config)
     results = run.trials()
     assert {result.status for result in results} == {"complete"}

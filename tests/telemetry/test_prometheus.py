@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -43,14 +45,29 @@ print(json.dumps({"end": end, "joules": meter.report.joules}), flush=True)
 """
 WITNESS = """
 import json, select, sys, time
-last, stalls = time.time(), []
+from pathlib import Path
+
+def waited():
+    found = {}
+    for pid in sys.argv[1:]:
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            try:
+                found[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
+            except (OSError, IndexError):
+                pass
+    return found
+
+last, before, stalls, waits = time.time(), waited(), [], []
 while not select.select([sys.stdin], [], [], 0.02)[0]:
-    now = time.time()
+    now, after = time.time(), waited()
     if now - last > 0.05:
         stalls.append((last, now))
-    last = now
-print(json.dumps(stalls))
+    longer = {task: after[task] - before.get(task, 0.0) for task in after}
+    waits.append((now, {task: seconds for task, seconds in longer.items() if seconds > 0.001}))
+    last, before = now, after
+print(json.dumps((stalls, waits)))
 """
+STALL_SECONDS = 0.05
 BACKLOG_SECONDS = 0.3
 CONFIG = """
 global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
@@ -61,22 +78,33 @@ scrape_configs:
 
 
 class StallWitness:
-    """Notes when the machine let a process that only sleeps wait: no scrape can be asked of anybody then."""
+    """Notes when the machine let a process wait: no scrape can be asked of it then.
 
-    def __init__(self):
-        self._process = subprocess.Popen([sys.executable, "-c", WITNESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._stalls = None
+    Two kinds of evidence: it woke late from a short sleep itself, or a thread of the given processes stood in the
+    kernel's run queue (its own account, the second figure of schedstat) for a good part of the time.
+    """
+
+    def __init__(self, *pids):
+        command = [sys.executable, "-c", WITNESS, *map(str, pids)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._seen = None
 
     @property
-    def stalls(self):
-        """[(begin, end)], of the time until this is asked for first."""
-        if self._stalls is None:
-            self._stalls = json.loads(self._process.communicate()[0])
-        return self._stalls
+    def seen(self):
+        """([(begin, end) of each stall], [(time, {thread: seconds in the queue})]) until this is asked for first."""
+        if self._seen is None:
+            self._seen = json.loads(self._process.communicate()[0])
+        return self._seen
 
     def excuses(self, begin, end):
         """Whether the machine stalled in this span, or so shortly before that the backlog reaches into it."""
-        return any(first < end and begin < last + BACKLOG_SECONDS for first, last in self.stalls)
+        stalls, waits = self.seen
+        queued = Counter()
+        for at, seconds in waits:
+            if begin <= at <= end + STALL_SECONDS:
+                queued.update(seconds)
+        stalled = any(first < end and begin < last + BACKLOG_SECONDS for first, last in stalls)
+        return stalled or max(queued.values(), default=0.0) > STALL_SECONDS
 
     def close(self):
         self._process.kill()
@@ -169,7 +197,7 @@ def minute(tmp_path_factory):
         stack.callback(server.terminate)
         prom = Server(port)
         _wait_for_scrapes(prom, folder)
-        begin, witness = time.time(), StallWitness()
+        begin, witness = time.time(), StallWitness(os.getpid(), server.pid)
         stack.callback(witness.close)
         truth = _run_plan(stack, folder)
         with urllib.request.urlopen(exporter.url, timeout=10) as answer:
