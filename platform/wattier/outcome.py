@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult, finite_or_none
-from wattier.trial_output import OUT_OF_MEMORY_NOTE
+from wattier.trial_output import OUT_OF_MEMORY_NOTE, last_words_note
 
 ERROR_NAME = "error.txt"
 LONGEST_REASON = 500  # characters of a row
-LAST_WORDS_SECONDS = 2.0
+LAST_WORDS_SECONDS = 10.0
 LONGEST_ERROR = 64 * 1024  # characters of an error.txt
 LONGEST_RESULT = 16 * 1024 * 1024  # bytes of a result.json
 DIVERGED = "the validation loss is not finite"
@@ -79,13 +79,14 @@ def reason_of_death(output: Path, message: str = "") -> str:
         return "out of memory: Ray's memory monitor killed its process"
     deadline = time.monotonic() + LAST_WORDS_SECONDS  # what it printed last is written by another process
     while True:
+        is_all = last_words_note(output).exists() or time.monotonic() > deadline
         printed = _end_of(output)
         if OUT_OF_MEMORY_NOTE in printed:
             return "out of memory: the kernel killed its process"
         crash = re.search(r"Fatal Python error: ([^\n]{1,100})", printed)
         if crash:
             return f"its process crashed ({crash[1].strip()}); see {output.name}"
-        if time.monotonic() > deadline:
+        if is_all:
             return "its process was killed (SIGKILL), most likely for memory"
         time.sleep(0.1)
 

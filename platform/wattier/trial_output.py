@@ -32,10 +32,16 @@ def output_name(rank: int) -> str:
     return OUTPUT_NAME if rank == 0 else f"output-rank{rank}.txt"
 
 
+def last_words_note(output: Path) -> Path:
+    """A file that is there once all is written that a process printed which ended without closing its output."""
+    return output.with_name(f".{output.name}.ended")
+
+
 @contextlib.contextmanager
 def kept_output(path: Path) -> Iterator[None]:
     """Send file descriptors 1 and 2 of this process into a file that keeps their last `KEPT_BYTES`."""
     _LINGERING[:] = [other for other in _LINGERING if other.poll() is None]
+    last_words_note(path).unlink(missing_ok=True)
     keeper = subprocess.Popen([sys.executable, "-I", "-S", __file__, str(path)], stdin=subprocess.PIPE)
     if keeper.stdin is None:
         raise RuntimeError("the pipe of the output's keeper was not made")
@@ -55,6 +61,7 @@ def kept_output(path: Path) -> Iterator[None]:
             os.close(descriptor)
         try:
             keeper.wait(CLOSE_SECONDS)
+            last_words_note(path).unlink(missing_ok=True)
         except subprocess.TimeoutExpired:  # a grandchild holds the pipe open, and prints on
             _LINGERING.append(keeper)
 
@@ -154,4 +161,7 @@ if __name__ == "__main__":
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # it ends with the last writer
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    keep(0, Tail(Path(sys.argv[1])))
+    output = Path(sys.argv[1])
+    keep(0, Tail(output))
+    with contextlib.suppress(OSError):  # the trial's folder may be gone
+        last_words_note(output).touch()

@@ -11,7 +11,7 @@ import pytest
 from wattier import trial_output
 from wattier.config import RunConfig
 from wattier.stall import StallWatch
-from wattier.trial_output import KEPT_BYTES, OUT_OF_MEMORY_NOTE, Tail, keep, kept_output
+from wattier.trial_output import KEPT_BYTES, OUT_OF_MEMORY_NOTE, Tail, keep, kept_output, last_words_note
 
 PRINTS = """
 import os, subprocess, sys
@@ -142,10 +142,11 @@ class TestKeptOutput:
     @pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "os._exit(1)", "raise SystemExit(3)", "os.abort()"])
     def test_the_last_words_outlive_the_process(self, tmp_path, how):
         run_printing(tmp_path / "output.txt", f"print('last words', flush=True); {how}")
-        deadline = time.monotonic() + 10
-        while "last words" not in (tmp_path / "output.txt").read_text() and time.monotonic() < deadline:
+        note, deadline = last_words_note(tmp_path / "output.txt"), time.monotonic() + 10
+        while how != "raise SystemExit(3)" and not note.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert "last words" in (tmp_path / "output.txt").read_text()
+        assert note.exists() == (how != "raise SystemExit(3)"), "who closes its output leaves no note"
 
     def test_native_code_that_holds_the_interpreter_and_prints_is_not_stuck(self, tmp_path):
         shout = "import ctypes; line = b'x' * 65536; [ctypes.PyDLL(None).write(1, line, 65536) for _ in range(200)]"
