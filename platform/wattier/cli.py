@@ -131,6 +131,9 @@ def train(target: Target, walltime: Walltime = None) -> None:
     """Train the picked trials to convergence."""
     _refuse_own_model(target, "train")
     _step(target, lambda steps: steps.train, walltime)
+    from wattier.rundir import FULL_STAGE
+
+    _exit_of_failed_trials(_existing(target), FULL_STAGE)
 
 
 @app.command()
@@ -295,9 +298,9 @@ def _refuse_own_model(target: Path, verb: str) -> None:
         )
 
 
-def _exit_of_failed_trials(rundir: RunDir) -> None:
-    """End with a code of its own where a trial of the run has failed: the results are whole without it."""
-    failed = [row for row in rundir.trials() if row.status == "failed"]
+def _exit_of_failed_trials(rundir: RunDir, stage: str | None = None) -> None:
+    """End with a code of its own where a trial of the run, or of a stage, has failed: the results are whole without."""
+    failed = [row for row in rundir.trials(stage) if row.status == "failed"]
     if not failed:
         return
     shown = "; ".join(f"{row.trial_id} ({row.error})" for row in failed[:FAILURES_SHOWN])

@@ -387,6 +387,28 @@ class TestDamagedRun:
             assert damaged.report_path.exists()
             assert failed["trial_id"] not in damaged.selection().picked
 
+    def test_a_failed_member_is_exit_3_of_train_and_a_failed_scout_is_not(self, damaged, monkeypatch):
+        """Full training itself is a stand-in that leaves a failed row, and then one that trained."""
+        from typer.testing import CliRunner
+
+        from wattier.cli import app
+
+        rows = [json.loads(line) for line in damaged.trials_path.read_text().splitlines()]
+        member = next(row for row in rows if row["fidelity"]["stage"] == "full")
+        scout = next(row for row in rows if row["fidelity"]["stage"] == "only")
+        for stage, code in (("full", 3), ("only", 0)):
+            left = {"status": "failed", "error": "RuntimeError: so it goes"}
+            lines = [member | left] if stage == "full" else [scout | left, member]
+
+            def train(run, *_, lines=lines):
+                with run.trials_path.open("a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+
+            monkeypatch.setattr("wattier.run.train", train)
+            done = CliRunner().invoke(app, ["train", str(damaged.path)])
+            assert done.exit_code == code, done.output
+            assert (f"1 trial failed: {member['trial_id']}" in done.output) == (code == 3)
+
     def test_checkpoints_that_hold_code_are_not_run(self, tmp_path):
         torch.save({"model": subprocess.run}, tmp_path / "best.pt")
         for reader in (load, load_member):
