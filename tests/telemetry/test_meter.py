@@ -223,6 +223,24 @@ def test_power_looked_at_once_a_second_does_not_overrule_a_counter_that_moves(cl
     assert account.joules == pytest.approx(joules(130.05) - joules(10.05), rel=0.01)
 
 
+@pytest.mark.parametrize("slow", [{2}, {2, 3}])
+def test_joules_and_seconds_end_together_though_an_answer_is_late(clock, slow):
+    """An exact counter at 400 W, whose answers take 0.1 ms, and some of them 50 ms, from the closing on."""
+    closing = []
+
+    def reading(_):
+        if closing:
+            closing.append(None)
+        clock.now += 0.05 if len(closing) in slow else 0.0001
+        return Reading(clock.now, energy_joules=400.0 * (clock.now - 1000))
+
+    with Settled(Script(reading), clock=clock, monotonic=clock, interval_seconds=3600) as running:
+        clock.now += 0.5
+        closing.append(None)
+    assert running.report.joules == pytest.approx(400 * running.report.seconds, rel=1e-3)
+    assert running.report.shares[0].joules_high - running.report.joules < 0.1
+
+
 @pytest.mark.parametrize("late", [(0.0, 0.0), (0.009, 0.0), (0.0, 0.009), (0.003, 0.008), (0.008, 0.003)])
 @pytest.mark.parametrize("begin", [0.001, 0.004, 0.05, 0.099])
 def test_a_tick_that_was_seen_a_little_late_moves_the_edge_no_more_than_that(late, begin):
