@@ -42,7 +42,10 @@ def kept_output(path: Path) -> Iterator[None]:
     """Send file descriptors 1 and 2 of this process into a file that keeps their last `KEPT_BYTES`."""
     _LINGERING[:] = [other for other in _LINGERING if other.poll() is None]
     last_words_note(path).unlink(missing_ok=True)
-    keeper = subprocess.Popen([sys.executable, "-I", "-S", __file__, str(path)], stdin=subprocess.PIPE)
+    # In a session of its own: Ray kills the process group of a worker that is gone, and with it what it printed last.
+    keeper = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, str(path)], stdin=subprocess.PIPE, start_new_session=True
+    )
     if keeper.stdin is None:
         raise RuntimeError("the pipe of the output's keeper was not made")
     _widen(keeper.stdin.fileno())

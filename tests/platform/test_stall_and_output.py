@@ -128,7 +128,12 @@ class TestStallWatch:
 
 def run_printing(path, more="pass"):
     return subprocess.run(
-        [sys.executable, "-c", PRINTS.format(more=more), path], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", PRINTS.format(more=more), path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        start_new_session=True,
     )
 
 
@@ -139,7 +144,9 @@ class TestKeptOutput:
         lines = (tmp_path / "output.txt").read_text().splitlines()
         assert sorted(lines) == ["an error", "by Python", "by a child", "by a library"]
 
-    @pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "os._exit(1)", "raise SystemExit(3)", "os.abort()"])
+    @pytest.mark.parametrize(
+        "how", ["os.kill(os.getpid(), 9)", "os.killpg(0, 9)", "os._exit(1)", "raise SystemExit(3)", "os.abort()"]
+    )
     def test_the_last_words_outlive_the_process(self, tmp_path, how):
         run_printing(tmp_path / "output.txt", f"print('last words', flush=True); {how}")
         note, deadline = last_words_note(tmp_path / "output.txt"), time.monotonic() + 10
