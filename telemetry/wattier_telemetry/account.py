@@ -8,9 +8,10 @@ proportion (`Edge.cut`). Between the first and the last tick the counter is take
 
 from __future__ import annotations
 
-from wattier_telemetry.counter_check import CounterCheck
+from wattier_telemetry.counter_check import CounterCheck, Faults
 from wattier_telemetry.edges import Edge
-from wattier_telemetry.integral import PowerIntegral, credible, most_watts, trapezoid
+from wattier_telemetry.integral import PowerIntegral, PowerRange, credible, most_watts, trapezoid
+from wattier_telemetry.ownership import MeanFraction
 from wattier_telemetry.records import Attribution, Device, Method, Reading, Share, weakest
 from wattier_telemetry.rhythm import Rhythm, Tick
 from wattier_telemetry.throttling import ThrottleClock
@@ -65,14 +66,12 @@ class Account:
         # What may contradict the counter, and how far power has been seen to swing.
         self._check = CounterCheck()
         self._power = PowerIntegral()
-        self._lowest_watts, self._highest_watts = float("inf"), 0.0
-        self._limit_watts: float | None = None
-        self._fraction, self._weights, self._weighted = fraction, 0.0, 0.0
+        self._seen = PowerRange()
+        self._fraction = MeanFraction(fraction)
         self._throttling = ThrottleClock()
         self._stuck_seconds = 0.0
         self._pending_readings = 0
-        self._jumps = self._backward_steps = self._readings = self._failures = 0
-        self._failure = ""
+        self._faults = Faults()
 
     def preview(self, reading: Reading) -> None:
         """Learn the power before the window opens, without billing anything."""
@@ -114,7 +113,7 @@ class Account:
             fraction: Part of the device that the work owned in this step, if that is known.
             late_seconds: How long the answer took: the figures are from any moment in between.
         """
-        self._readings += 1
+        self._faults.readings += 1
         reading = credible(reading)
         self._see_power(reading)
         last, self._last = self._last, (time_seconds, reading)
@@ -137,14 +136,14 @@ class Account:
             self._integrate(step)
         else:  # the counter did not answer this time: its next answer will hold this step too
             self._pending.add(step)
-        self._weigh(step, moved, fraction)
+        self._fraction.add(step, moved, fraction)
         self._throttling.add(last[1], reading, step.seconds)
 
     def fail(self, error: Exception) -> None:
         """Note that the device did not answer; the next reading that does is joined to the last one that did."""
-        self._readings += 1
-        self._failures += 1
-        self._failure = " ".join(str(error).split())
+        self._faults.readings += 1
+        self._faults.failures += 1
+        self._faults.failure = " ".join(str(error).split())
 
     def close(self, time_seconds: float) -> None:
         """End the window at its last reading; what `look_back` is given afterwards is not billed."""
@@ -200,7 +199,7 @@ class Account:
             reserved = self.reservation_joules(reserved_seconds)
             joules, high = joules + reserved, high + reserved
         known = bool(self._methods) or joules > 0
-        fraction = self._mean_fraction()
+        fraction = self._fraction.value
         return Share(
             device_uuid=self.device.uuid,
             domain=self.device.domain,
@@ -218,33 +217,18 @@ class Account:
 
     def warnings(self) -> list[str]:
         """Return what went wrong, in one sentence each."""
-        who, found = f"{self.device.name} {self.device.uuid}: ", []
-        if self._backward_steps:
-            found.append(
-                f"{who}its energy counter went backward {self._backward_steps} "
-                "time(s); power samples, where there are any, replace it for these steps"
-            )
-        if self._jumps:
-            found.append(
-                f"{who}its energy counter jumped {self._jumps} time(s) by more than can be; power samples, "
-                "where there are any, replace it for these steps"
-            )
-        if self._is_stuck or self._stuck_seconds:
-            found.append(f"{who}its energy counter stood still under power; power samples replace it there")
-        if doubt := self._check.warning():
-            found.append(who + doubt)
-        if self._failures:
-            found.append(f"{who}{self._failures} of {self._readings} readings failed, the last with: {self._failure}")
-        return found
+        stood = self._is_stuck or self._stuck_seconds > 0
+        found = self._faults.sentences(stood_still=stood, doubt=self._check.warning())
+        return [f"{self.device.name} {self.device.uuid}: {sentence}" for sentence in found]
 
     # -- booking -------------------------------------------------------------------------------------------------
 
     def _moved(self, moved: float, seconds: float) -> float:
         """Return by how much the counter moved; below zero where it is not to be believed."""
         if self._is_jump(moved, seconds):
-            self._jumps += 1
+            self._faults.jumps += 1
             return -1.0
-        self._backward_steps += moved < 0
+        self._faults.backward_steps += moved < 0
         return moved
 
     def _count(self, moved: float, step: PowerIntegral, time_seconds: float, late_seconds: float) -> None:
@@ -334,26 +318,10 @@ class Account:
         self.covered_seconds += seconds if seconds <= self._longest_gap_seconds else 0.0
         self._methods.add(weakest((self._source_method, "integrated")) or "integrated")
 
-    def _weigh(self, step: PowerIntegral, moved: float | None, fraction: float | None) -> None:
-        """Remember whose energy it was: the mean fraction is weighted by energy, or by time where there is none.
-
-        A driver tells only a moment after work begins: what comes before its first answer takes the mean of the rest.
-        """
-        if fraction is None and self._weights == 0:
-            return
-        weight = step.joules if step.known else max(0.0, moved or 0.0)
-        weight = weight or 1e-12 * step.seconds
-        self._weights += weight
-        self._weighted += weight * (self._fraction if fraction is None else fraction)
-
     def _see_power(self, reading: Reading) -> None:
-        if reading.power_limit_watts is not None:
-            self._limit_watts = reading.power_limit_watts
-        if reading.power_watts is not None:
-            if self._closed_at is None:
-                self.power_watts = reading.power_watts
-            self._lowest_watts = min(self._lowest_watts, reading.power_watts)
-            self._highest_watts = max(self._highest_watts, reading.power_watts)
+        self._seen.add(reading)
+        if reading.power_watts is not None and self._closed_at is None:
+            self.power_watts = reading.power_watts
 
     # -- judging -------------------------------------------------------------------------------------------------
 
@@ -372,23 +340,18 @@ class Account:
 
     def _is_jump(self, moved: float, seconds: float) -> bool:
         """Tell whether a counter moved by more than the device can have drawn, with a second for a late refresh."""
-        return moved > most_watts(self._limit_watts) * (seconds + 1.0)
+        return moved > most_watts(self._seen.limit_watts) * (seconds + 1.0)
 
     def _possible_watts(self) -> float:
         """Return the most the device may have drawn while nobody looked."""
-        seen = max(self._highest_watts, self.power_watts or 0.0)
-        return max(seen, self._limit_watts or 0.0)
+        return max(self._seen.highest_watts, self.power_watts or 0.0, self._seen.limit_watts or 0.0)
 
     def _swing_watts(self) -> float:
         """Return how far apart power may have been within a refresh interval."""
         shortest_seen = min(self._rhythm.refresh_seconds, self._power.seconds)
-        if self.device.power_average_seconds > shortest_seen or self._highest_watts == 0.0:
+        if self.device.power_average_seconds > shortest_seen or self._seen.highest_watts == 0.0:
             return self._possible_watts()  # an average hides the swing
-        return self._highest_watts - self._lowest_watts
-
-    def _mean_fraction(self) -> float:
-        fraction = self._weighted / self._weights if self._weights > 0 else self._fraction
-        return min(1.0, max(fraction, 1e-6))
+        return self._seen.highest_watts - self._seen.lowest_watts
 
     def _estimate(self) -> tuple[float, float, float]:
         """Return the energy so far and what it lies between, J."""
@@ -406,7 +369,7 @@ class Account:
             joules += self._pending.joules
             slack += self._slack_joules(self._pending)
             if self._coarse_counter:  # the last tick came before the reading that showed it
-                slack += self._rhythm.refresh_seconds * max(self._highest_watts, self.power_watts or 0.0)
+                slack += self._rhythm.refresh_seconds * max(self._seen.highest_watts, self.power_watts or 0.0)
         # A refresh of lateness is no more than the edges doubt already; an exact counter leaves none to doubt.
         free = self._rhythm.refresh_seconds if self._coarse_counter else 0.0
         for late in (self._first_late_seconds, self._last_late_seconds):
@@ -422,7 +385,7 @@ class Account:
         return edge.cut(
             self._rhythm,
             swing_watts=self._swing_watts(),
-            highest_watts=self._highest_watts,
+            highest_watts=self._seen.highest_watts,
             averaged_seconds=self.device.power_average_seconds,
         )
 

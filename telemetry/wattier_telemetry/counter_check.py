@@ -1,6 +1,8 @@
-"""An energy counter held against sampled power: whether the two agree well enough to believe the counter."""
+"""What may be wrong with readings: faults that were seen, and a counter that sampled power contradicts."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from wattier_telemetry.integral import PowerIntegral
 
@@ -45,3 +47,35 @@ class CounterCheck:
     def _is_apart(self, factor: float) -> bool:
         ratio = self.ratio
         return ratio is not None and not 1 / factor <= ratio <= factor
+
+
+@dataclass(slots=True)
+class Faults:
+    """How often something was wrong with a device's readings."""
+
+    readings: int = 0
+    failures: int = 0
+    failure: str = ""  # the last
+    backward_steps: int = 0
+    jumps: int = 0
+
+    def sentences(self, *, stood_still: bool, doubt: str | None) -> list[str]:
+        """Return what went wrong, in one sentence each."""
+        found = []
+        if self.backward_steps:
+            found.append(
+                f"its energy counter went backward {self.backward_steps} time(s); "
+                "power samples, where there are any, replace it for these steps"
+            )
+        if self.jumps:
+            found.append(
+                f"its energy counter jumped {self.jumps} time(s) by more than can be; power samples, "
+                "where there are any, replace it for these steps"
+            )
+        if stood_still:
+            found.append("its energy counter stood still under power; power samples replace it there")
+        if doubt:
+            found.append(doubt)
+        if self.failures:
+            found.append(f"{self.failures} of {self.readings} readings failed, the last with: {self.failure}")
+        return found

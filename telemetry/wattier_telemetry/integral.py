@@ -43,6 +43,23 @@ class PowerIntegral:
         )
 
 
+@dataclass(slots=True)
+class PowerRange:
+    """Between what powers a device was seen, and its limit, W."""
+
+    lowest_watts: float = math.inf
+    highest_watts: float = 0.0
+    limit_watts: float | None = None
+
+    def add(self, reading: Reading) -> None:
+        """Take what a reading tells."""
+        if reading.power_limit_watts is not None:
+            self.limit_watts = reading.power_limit_watts
+        if reading.power_watts is not None:
+            self.lowest_watts = min(self.lowest_watts, reading.power_watts)
+            self.highest_watts = max(self.highest_watts, reading.power_watts)
+
+
 def trapezoid(before: tuple[float, Reading], now: tuple[float, Reading]) -> PowerIntegral:
     """Return the energy between two power samples, J."""
     seconds, first, last = now[0] - before[0], before[1].power_watts, now[1].power_watts

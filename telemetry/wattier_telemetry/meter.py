@@ -12,11 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-import psutil
-
 from wattier_telemetry.account import Account
 from wattier_telemetry.journal import Journal
-from wattier_telemetry.records import Attribution, Device, EnergyReport, Reading
+from wattier_telemetry.ownership import Owners
+from wattier_telemetry.records import Device, EnergyReport, Reading
 from wattier_telemetry.source import PowerSource
 
 _FIRST_TICK_SECONDS = 0.01  # a source without a power field shows its power only at its second reading
@@ -107,7 +106,7 @@ class EnergyMeter:
             for device in source.devices()
         ]
         self._synchronize = synchronize
-        self._owners = _Owners(source, fraction)
+        self._owners = Owners(source, fraction)
         self._journal_path = journal
         self._journal: Journal | None = None
         self._journal_failure = ""
@@ -327,48 +326,3 @@ class EnergyMeter:
         if self._journal_failure:
             warnings.append(f"the journal {self.journal} could not be written: {self._journal_failure}")
         return EnergyReport.of(shares, warnings)
-
-
-class _Owners:
-    """Whose a shared device is at the moment: this process's part of its utilization, or an equal part for each."""
-
-    def __init__(self, source: PowerSource, fraction: float) -> None:
-        self._source = source
-        self._fraction = fraction
-        self._told: set[str] = set()  # devices that have told, at least once
-        self._is_own: dict[int, bool] = {}  # by process id, for a second: a number may be given to another process
-        self._forget_at = 0.0
-
-    def fraction_of(self, device: Device) -> float | None:
-        """Return the part of a device, or None where it is what the meter was told."""
-        if self._fraction == 1 or device.method == "estimated":
-            return None
-        try:
-            busy = self._source.busy_by_pid(device)
-        except Exception:  # noqa: BLE001  (the joules are known all the same)
-            return None
-        total = sum(busy.values())
-        if total <= 0 or not any(psutil.pid_exists(pid) for pid in busy):  # pids of another namespace mean nothing
-            return None
-        self._told.add(device.uuid)
-        return sum(ratio for pid, ratio in busy.items() if self._owns(pid)) / total
-
-    def attribution_of(self, device: Device) -> Attribution:
-        """Return how the part of a device is known."""
-        if self._fraction == 1 or device.method == "estimated":
-            return "whole"
-        return "utilization" if device.uuid in self._told else "equal"
-
-    def _owns(self, pid: int) -> bool:
-        """Tell whether a process is this one or a descendant; its ancestors are few, all processes may be thousands."""
-        now = time.monotonic()
-        if now >= self._forget_at:
-            self._forget_at = now + 1.0
-            self._is_own.clear()
-        if pid not in self._is_own:
-            try:
-                family = (pid, *(parent.pid for parent in psutil.Process(pid).parents()))
-            except psutil.Error:  # gone, or of another namespace
-                family = (pid,)
-            self._is_own[pid] = os.getpid() in family
-        return self._is_own[pid]
