@@ -14,7 +14,7 @@ from wattier.device_prior import prior_of
 from wattier.energy_model import EnergyModel, Projection
 from wattier.errors import UserError
 from wattier.records import Fidelity, Params, TrialResult
-from wattier.rundir import RunDir
+from wattier.rundir import FULL_STAGE, RunDir
 from wattier.space import random_points, typed_space
 from wattier.units import format_joules, format_seconds
 from wattier.workload import workload_of
@@ -68,6 +68,26 @@ class Costs:
 def fidelity_of(section: StageSection) -> Fidelity:
     """How far the trials of a stage are trained."""
     return Fidelity(section.name, section.structures, section.epochs, section.ranks)
+
+
+def full_fidelity(config: RunConfig) -> Fidelity:
+    """How far the picked trials are trained."""
+    return Fidelity(FULL_STAGE, None, config.full_training.epochs, config.full_training.ranks)
+
+
+def joules_to_convergence(run: RunDir, config: RunConfig, store: Store) -> dict[tuple[str, str], float]:
+    """Joules of training each trial of the search for all epochs of full training, on its ranks, by stage and trial id.
+
+    An early stop makes the truth smaller. It rests on the search's trials, and no device is asked, so that the same
+    trials have the same figures each time. Without a trial whose energy is known there are none.
+    """
+    ended = [result for result in run.trials() if result.fidelity.stage != FULL_STAGE]
+    costs = Costs(EnergyModel(workload_of(config, store), typed_space(config)), ended)
+    joules = costs.joules([result.params for result in ended], full_fidelity(config)) if ended else None
+    if joules is None:
+        return {}
+    keys = [(result.fidelity.stage, result.trial_id) for result in ended]
+    return {key: float(f"{each:.4g}") for key, each in zip(keys, joules, strict=True)}
 
 
 def costs_of(run: RunDir, config: RunConfig, store: Store | None) -> Costs:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 from wattier.budget import Budget
 from wattier.config import RunConfig
-from wattier.costs import Costs, refuse_small_training_budget
+from wattier.costs import Costs, full_fidelity, refuse_small_training_budget
 from wattier.errors import UserError
 from wattier.funnel import run_stage
 from wattier.launch import Launcher, Stage
 from wattier.mirror import Mirror
 from wattier.policy import FixedPolicy
-from wattier.records import Fidelity, Proposal, Selection, TrialResult
+from wattier.records import Proposal, Selection, TrialResult
 from wattier.rundir import FULL_STAGE, RunDir, append_json_line, read_json
 from wattier.trial_context import RunTrial
 
@@ -41,7 +41,7 @@ def train_members(  # noqa: PLR0913, PLR0917  (what runs, who listens, who knows
     stage = Stage(
         run,
         config,
-        Fidelity(FULL_STAGE, None, full.epochs, full.ranks),
+        full_fidelity(config),
         n_trials=len(selection.picked),
         early_stop_patience=full.early_stop_patience,
         warm_start_from=selection.stage if full.warm_start else None,

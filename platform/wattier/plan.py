@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wattier.config import RunConfig
-from wattier.costs import SAMPLED, Costs, fidelity_of
+from wattier.costs import SAMPLED, Costs, fidelity_of, full_fidelity
 from wattier.funnel import is_over
 from wattier.records import Fidelity
 from wattier.rundir import FULL_STAGE, RunDir
@@ -73,18 +73,16 @@ def plan_info(run: RunDir, config: RunConfig, costs: Costs, store: Store | None)
         phase = f"search:{stage.name}"
         stops = stage.reduction_factor is not None
         phases.append(_planned(phase, left, fidelity_of(stage), config, costs, store, stops=stops))
-    full = config.full_training
     members = config.select.accurate + config.select.balanced if config.trial is None else 0
     done = sum(result.status == "complete" for result in run.trials(FULL_STAGE))
-    fidelity = Fidelity(FULL_STAGE, None, full.epochs, full.ranks)
     if members:
         left = max(0, members - done)
-        phases.append(_planned("full training", left, fidelity, config, costs, store, stops=True))
+        phases.append(_planned("full training", left, full_fidelity(config), config, costs, store, stops=True))
     point = random_points(typed_space(config), 1, config.seed)[0]
     basis = costs.model.project(point, fidelity_of(config.search.stages[0])).basis
     if store is None and config.trial is None:
         basis += "; the data are not prepared, so structures are taken to be as their sources are known to be"
-    budgets = [None if b is None else b.energy_joules for b in (config.search.budget, full.budget)]
+    budgets = [None if b is None else b.energy_joules for b in (config.search.budget, config.full_training.budget)]
     return PlanInfo(tuple(phases), _total(phases), basis, budgets[0], budgets[1])
 
 

@@ -13,7 +13,7 @@ from wattier.campaign import campaign_shown
 from wattier.checkpoints import remove_needless
 from wattier.choices import choices_of
 from wattier.config import RunConfig
-from wattier.costs import costs_of, fidelity_of, refuse_small_budget
+from wattier.costs import costs_of, fidelity_of, full_fidelity, joules_to_convergence, refuse_small_budget
 from wattier.departure import LeaveNote, NotFinishedError
 from wattier.errors import UserError
 from wattier.evaluate import evaluate_run, still_holds
@@ -27,7 +27,7 @@ from wattier.objectives import Converge, Objectives
 from wattier.own_model import STATED, own_trial_of
 from wattier.power_cap import check_power_caps
 from wattier.prepare import prepare_data
-from wattier.records import Fidelity, Params, Selection, TrialResult
+from wattier.records import Params, Selection, TrialResult
 from wattier.release import export_release
 from wattier.report import write_report
 from wattier.rundir import FULL_STAGE, RunDir, read_json, write_json
@@ -126,13 +126,13 @@ def select(run: RunDir, config: RunConfig, listener: Listener) -> Selection:
             "the same command again."
         )
     own = config.trial is not None
-    n_training = None if own else len(Store(run.store_path).indices(TRAIN))
-    converge = _to_convergence(config, n_training)
+    store = None if own else Store(run.store_path)
+    converge = _to_convergence(config, None if store is None else len(store.indices(TRAIN)))
     selection = select_trials(
         run.trials(),
         config.select,
         stage=stage.name,
-        project=_not_projected if own else _projection(converge),
+        project=_not_projected if store is None else _projection(run, config, store, converge),
         objectives=Objectives.of(config.search, converge),
         curves=lambda trial: run.epochs(stage.name, trial.trial_id),
         space=typed_space(config),
@@ -247,16 +247,20 @@ def launcher_for(config: RunConfig) -> Iterator[Launcher]:
         launcher.close()
 
 
-def _projection(converge: Converge) -> Callable[[TrialResult], float | None]:
-    """Joules of training a trial on all structures for all epochs, extrapolated from its own joules a structure.
+def _projection(
+    run: RunDir, config: RunConfig, store: Store, converge: Converge
+) -> Callable[[TrialResult], float | None]:
+    """What full training of a trial will cost, by the energy model; unknown stays unknown.
 
-    An early stop makes the truth smaller; other ranks than the stage's make it larger or smaller.
+    Where the search minimizes `projected_joules`, they are what it minimized: the trial's own joules a structure.
     """
+    told = {} if "projected_joules" in config.search.objectives else joules_to_convergence(run, config, store)
 
     def project(result: TrialResult) -> float | None:
         if result.energy_joules is None or not result.structures_seen:
             return None
-        return converge(result.params, result.energy_joules / result.structures_seen)
+        known = told.get((result.fidelity.stage, result.trial_id))
+        return converge(result.params, result.energy_joules / result.structures_seen) if known is None else known
 
     return project
 
@@ -281,8 +285,7 @@ def _check_stages(run: RunDir, config: RunConfig) -> None:
     """Refuse what could never start, before any work is done."""
     if runs_here(config):
         fidelities = [fidelity_of(section) for section in config.search.stages]
-        full = config.full_training
-        for fidelity in [*fidelities, Fidelity(FULL_STAGE, None, full.epochs, full.ranks)]:
+        for fidelity in [*fidelities, full_fidelity(config)]:
             check_local_resources(Stage(run, config, fidelity, n_trials=0))
         check_power_caps(config)
 

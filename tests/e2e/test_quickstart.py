@@ -181,6 +181,19 @@ def test_phases_are_billed_with_their_method(quickstart: Quickstart) -> None:
     assert ledger.total.joules == pytest.approx(sum(p.joules for p in ledger.phases))
 
 
+def test_full_training_costs_about_what_was_projected(quickstart: Quickstart) -> None:
+    """Within a factor of two, had nobody stopped early: two ranks of the last stage cost twice as much a structure."""
+    selection = quickstart.run.selection()
+    assert selection is not None
+    trained = {result.trial_id: result for result in quickstart.run.trials("full")}
+    for tier in selection.tiers:
+        for pick in tier.picks:
+            full = trained[pick.trial_id]
+            whole = full.energy_joules * full.fidelity.epochs / full.epochs_done
+            print(f"{pick.trial_id}: {pick.projected_joules:.0f} J projected, {whole:.0f} J a whole training")
+            assert 0.5 < pick.projected_joules / whole < 2
+
+
 def test_again_it_does_nothing(quickstart: Quickstart) -> None:
     before = quickstart.place.snapshot()
     started = time.monotonic()

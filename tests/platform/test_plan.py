@@ -4,17 +4,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 
-from wattier.config import load_config
-from wattier.costs import costs_of
+from wattier.config import RunConfig, load_config
+from wattier.costs import costs_of, joules_to_convergence
 from wattier.plan import plan_info, store_for_plan
+from wattier.prepare import prepare_data
+from wattier.records import Fidelity, TrialResult
 from wattier.rundir import RunDir
 from wattier.trial import settings_of
 from wattier_gnn.model import ModelConfig, build_model
 from wattier_gnn.sample import SAMPLE_SOURCES
+from wattier_gnn.splits import TRAIN
+from wattier_telemetry import EnergyReport, Share
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +81,63 @@ def test_a_dry_run_prints_it_and_leaves_nothing(quickstart):
     for text in ("search:scout", "full training", "device-hours", "disk", "search.budget: at most 3.60 MJ"[:23]):
         assert text in done.stdout
     assert not (quickstart.parent / "run").exists()
+
+
+class TestJoulesToConvergence:
+    """Trials of a made-up price: 1 J to begin, 50 to 100 mJ a structure by width, twice that on two ranks."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def prepared(cls, tmp_path_factory):
+        values = {
+            "name": "price", "run_dir": str(tmp_path_factory.mktemp("price") / "run"), "launcher": "inline",
+            "data": {"sources": {"qm7x": "sample"}, "cutoff_angstrom": 3.0},
+            "search": {"space": {"hidden_dim": {"low": 16, "high": 64}}, "stages": [
+                {"name": "wide", "trials": 8, "structures": 100, "epochs": 3},
+                {"name": "deep", "trials": 4, "structures": 200, "epochs": 3, "ranks": 2},
+            ]},
+            "full_training": {"epochs": 40, "ranks": 1},
+        }  # fmt: skip
+        config = RunConfig.model_validate(values)
+        run = RunDir.create(config)
+        return run, config, prepare_data(run, config, mock.Mock())
+
+    @staticmethod
+    def price(seen, width, ranks):
+        return 1.0 + 0.05 * seen * (1 + (width - 16) / 48) * ranks
+
+    def told(self, prepared, rows, monkeypatch):
+        run, config, store = prepared
+        results = []
+        for stage, trial_id, width, structures, epochs, ranks, done in rows:
+            joules = self.price(structures * done, width, ranks)
+            share = Share("node", "node", 0.0, 60.0, 1.0, joules, "counter", 1.0)
+            results.append(TrialResult(
+                "price", trial_id, {"hidden_dim": width}, Fidelity(stage, structures, epochs, ranks), "complete", 0.1,
+                {}, done, structures * done, 60.0, EnergyReport.of([share]), 1000,
+            ))  # fmt: skip
+        monkeypatch.setattr(RunDir, "trials", lambda _, _stage=None: results)
+        return joules_to_convergence(run, config, store)
+
+    ROWS = tuple(
+        [("wide", f"wide-{i}", 16 + 6 * i, 100, 3, 1, 1 + i % 3) for i in range(8)]  # some are stopped early
+        + [("deep", f"deep-{i}", 16 + 12 * i, 200, 3, 2, 3) for i in range(4)]
+    )
+
+    def test_ranks_and_length_of_full_training_count_and_not_those_of_the_search(self, prepared, monkeypatch):
+        told = self.told(prepared, self.ROWS, monkeypatch)
+        assert set(told) == {(stage, trial_id) for stage, trial_id, *_ in self.ROWS}
+        n = len(prepared[2].indices(TRAIN))
+        for _, trial_id, width, *_ in self.ROWS[8:]:  # a joule a structure as on two ranks would be 2 times too much
+            assert told["deep", trial_id] == pytest.approx(self.price(40 * n, width, 1), rel=0.4)
+
+    def test_figures_are_the_same_in_any_order_and_when_full_training_is_over(self, prepared, monkeypatch):
+        told = self.told(prepared, self.ROWS, monkeypatch)
+        more = [("full", "deep-0", 16, 400, 40, 1, 40)]
+        assert self.told(prepared, [*self.ROWS[::-1], *more], monkeypatch) == told
+
+    def test_of_no_trial_nothing_is_told(self, prepared, monkeypatch):
+        assert self.told(prepared, [], monkeypatch) == {}
 
 
 def test_what_is_done_is_not_planned_again(quickstart, monkeypatch):
