@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +26,7 @@ from wattier.submit_cli import submit
 if TYPE_CHECKING:
     from wattier.config import RunConfig
     from wattier.console import RunConsole
+    from wattier.records import TrialResult
     from wattier.rundir import RunDir
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_FAILED_TRIALS = 1, 2, 3  # and departure.EXIT_NOT_FINISHED, 75: run me again
@@ -87,7 +88,7 @@ def run(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -> N
         if config.trial is None:
             console.console.print(f"Release: {rundir.release_path}", markup=False)
         console.console.print(f"Report: {rundir.report_path}", markup=False)
-        _exit_of_failed_trials(rundir)
+        _exit_of_failed_trials(rundir, rundir.trials())
 
 
 @app.command()
@@ -105,7 +106,8 @@ def search(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -
         _print_plan(target)
         return
     _step(target, lambda steps: steps.search, walltime)
-    _exit_of_failed_trials(_existing(target))
+    rundir = _existing(target)
+    _exit_of_failed_trials(rundir, rundir.trials())
 
 
 @app.command()
@@ -133,7 +135,10 @@ def train(target: Target, walltime: Walltime = None) -> None:
     _step(target, lambda steps: steps.train, walltime)
     from wattier.rundir import FULL_STAGE
 
-    _exit_of_failed_trials(_existing(target), FULL_STAGE)
+    rundir = _existing(target)
+    selection = rundir.selection()
+    picked = () if selection is None else selection.picked
+    _exit_of_failed_trials(rundir, [row for row in rundir.trials(FULL_STAGE) if row.trial_id in picked])
 
 
 @app.command()
@@ -298,9 +303,9 @@ def _refuse_own_model(target: Path, verb: str) -> None:
         )
 
 
-def _exit_of_failed_trials(rundir: RunDir, stage: str | None = None) -> None:
-    """End with a code of its own where a trial of the run, or of a stage, has failed: the results are whole without."""
-    failed = [row for row in rundir.trials(stage) if row.status == "failed"]
+def _exit_of_failed_trials(rundir: RunDir, rows: Sequence[TrialResult]) -> None:
+    """End with a code of its own where one of these trials of the run has failed: the results are whole without it."""
+    failed = [row for row in rows if row.status == "failed"]
     if not failed:
         return
     shown = "; ".join(f"{row.trial_id} ({row.error})" for row in failed[:FAILURES_SHOWN])
