@@ -106,8 +106,7 @@ def search(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -
         _print_plan(target)
         return
     _step(target, lambda steps: steps.search, walltime)
-    rundir = _existing(target)
-    _exit_of_failed_trials(rundir, rundir.trials())
+    _exit_of_failed_trials(rundir := _existing(target), rundir.trials())
 
 
 @app.command()
@@ -136,9 +135,8 @@ def train(target: Target, walltime: Walltime = None) -> None:
     from wattier.rundir import FULL_STAGE
 
     rundir = _existing(target)
-    selection = rundir.selection()
-    picked = () if selection is None else selection.picked
-    _exit_of_failed_trials(rundir, [row for row in rundir.trials(FULL_STAGE) if row.trial_id in picked])
+    if (selection := rundir.selection()) is not None:
+        _exit_of_failed_trials(rundir, [row for row in rundir.trials(FULL_STAGE) if row.trial_id in selection.picked])
 
 
 @app.command()
