@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,6 @@ from wattier.submit_cli import submit
 if TYPE_CHECKING:
     from wattier.config import RunConfig
     from wattier.console import RunConsole
-    from wattier.records import TrialResult
     from wattier.rundir import RunDir
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_FAILED_TRIALS = 1, 2, 3  # and departure.EXIT_NOT_FINISHED, 75: run me again
@@ -88,7 +87,7 @@ def run(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -> N
         if config.trial is None:
             console.console.print(f"Release: {rundir.release_path}", markup=False)
         console.console.print(f"Report: {rundir.report_path}", markup=False)
-        _exit_of_failed_trials(rundir, rundir.trials())
+        _exit_of_failed_trials(rundir)
 
 
 @app.command()
@@ -106,7 +105,7 @@ def search(target: Target, dry_run: DryRun = False, walltime: Walltime = None) -
         _print_plan(target)
         return
     _step(target, lambda steps: steps.search, walltime)
-    _exit_of_failed_trials(rundir := _existing(target), rundir.trials())
+    _exit_of_failed_trials(_existing(target), members=False)
 
 
 @app.command()
@@ -132,11 +131,7 @@ def train(target: Target, walltime: Walltime = None) -> None:
     """Train the picked trials to convergence."""
     _refuse_own_model(target, "train")
     _step(target, lambda steps: steps.train, walltime)
-    from wattier.rundir import FULL_STAGE
-
-    rundir = _existing(target)
-    if (selection := rundir.selection()) is not None:
-        _exit_of_failed_trials(rundir, [row for row in rundir.trials(FULL_STAGE) if row.trial_id in selection.picked])
+    _exit_of_failed_trials(_existing(target), searched=False)
 
 
 @app.command()
@@ -301,9 +296,14 @@ def _refuse_own_model(target: Path, verb: str) -> None:
         )
 
 
-def _exit_of_failed_trials(rundir: RunDir, rows: Sequence[TrialResult]) -> None:
-    """End with a code of its own where one of these trials of the run has failed: the results are whole without it."""
-    failed = [row for row in rows if row.status == "failed"]
+def _exit_of_failed_trials(rundir: RunDir, *, searched: bool = True, members: bool = True) -> None:
+    """End with a code of its own where a trial of the search, or a pick, has failed: the results are whole without."""
+    from wattier.rundir import FULL_STAGE
+
+    selection = rundir.selection()
+    picked = selection.picked if selection is not None and members else ()
+    rows = [row for row in rundir.trials() if row.status == "failed"]
+    failed = [row for row in rows if (row.trial_id in picked if row.fidelity.stage == FULL_STAGE else searched)]
     if not failed:
         return
     shown = "; ".join(f"{row.trial_id} ({row.error})" for row in failed[:FAILURES_SHOWN])

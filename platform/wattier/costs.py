@@ -75,19 +75,19 @@ def full_fidelity(config: RunConfig) -> Fidelity:
     return Fidelity(FULL_STAGE, None, config.full_training.epochs, config.full_training.ranks)
 
 
-def joules_to_convergence(run: RunDir, config: RunConfig, store: Store) -> dict[tuple[str, str], float]:
-    """Joules of training each trial of the search for all epochs of full training, on its ranks, by stage and trial id.
+def joules_to_convergence(run: RunDir, config: RunConfig, store: Store, stage: str) -> dict[str, float]:
+    """Joules of training each trial of a stage for all epochs of full training, on its ranks, by trial id.
 
     An early stop makes the truth smaller. It rests on the search's trials, and no device is asked, so that the same
-    trials have the same figures each time. Without a trial whose energy is known there are none.
+    trials have the same figures each time. Where the model has learned of none there are none.
     """
     ended = [result for result in run.trials() if result.fidelity.stage != FULL_STAGE]
     costs = Costs(EnergyModel(workload_of(config, store), typed_space(config)), ended)
-    joules = costs.joules([result.params for result in ended], full_fidelity(config)) if ended else None
+    asked = [result for result in ended if result.fidelity.stage == stage]
+    joules = costs.joules([result.params for result in asked], full_fidelity(config)) if asked else None
     if joules is None:
         return {}
-    keys = [(result.fidelity.stage, result.trial_id) for result in ended]
-    return {key: float(f"{each:.4g}") for key, each in zip(keys, joules, strict=True)}
+    return {result.trial_id: float(f"{each:.4g}") for result, each in zip(asked, joules, strict=True)}
 
 
 def costs_of(run: RunDir, config: RunConfig, store: Store | None) -> Costs:

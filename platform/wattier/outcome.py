@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult, finite_or_none
-from wattier.trial_output import OUT_OF_MEMORY_NOTE, last_words_note
+from wattier.trial_output import OUT_OF_MEMORY_NOTE, being_written
 
 ERROR_NAME = "error.txt"
 LONGEST_REASON = 500  # characters of a row
@@ -79,7 +79,7 @@ def reason_of_death(output: Path, message: str = "") -> str:
         return "out of memory: Ray's memory monitor killed its process"
     deadline = time.monotonic() + LAST_WORDS_SECONDS  # what it printed last is written by another process
     while True:
-        is_all = last_words_note(output).exists() or time.monotonic() > deadline
+        is_all = not being_written(output).exists() or time.monotonic() > deadline
         printed = _end_of(output)
         if OUT_OF_MEMORY_NOTE in printed:
             return "out of memory: the kernel killed its process"

@@ -252,14 +252,16 @@ def _projection(
 ) -> Callable[[TrialResult], float | None]:
     """What full training of a trial will cost, by the energy model; unknown stays unknown.
 
-    Where the search minimizes `projected_joules`, they are what it minimized: the trial's own joules a structure.
+    Where the search minimizes `projected_joules`, they are what it minimized: from the trial's own joules a structure.
+    So they are where the model has learned of no trial, since each was tried more than once.
     """
-    told = {} if "projected_joules" in config.search.objectives else joules_to_convergence(run, config, store)
+    stage = config.search.stages[-1].name
+    told = {} if "projected_joules" in config.search.objectives else joules_to_convergence(run, config, store, stage)
 
     def project(result: TrialResult) -> float | None:
         if result.energy_joules is None or not result.structures_seen:
             return None
-        known = told.get((result.fidelity.stage, result.trial_id))
+        known = told.get(result.trial_id)
         return converge(result.params, result.energy_joules / result.structures_seen) if known is None else known
 
     return project

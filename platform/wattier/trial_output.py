@@ -32,19 +32,21 @@ def output_name(rank: int) -> str:
     return OUTPUT_NAME if rank == 0 else f"output-rank{rank}.txt"
 
 
-def last_words_note(output: Path) -> Path:
-    """A file that is there once all is written that a process printed which ended without closing its output."""
-    return output.with_name(f".{output.name}.ended")
+def being_written(output: Path) -> Path:
+    """A file that is there until all is written that the process has printed; it names the keeper who writes."""
+    return output.with_name(f".{output.name}.open")
 
 
 @contextlib.contextmanager
 def kept_output(path: Path) -> Iterator[None]:
     """Send file descriptors 1 and 2 of this process into a file that keeps their last `KEPT_BYTES`."""
     _LINGERING[:] = [other for other in _LINGERING if other.poll() is None]
-    last_words_note(path).unlink(missing_ok=True)
+    name = os.urandom(8).hex()
+    with contextlib.suppress(OSError):  # a full disk loses output, not the trial
+        being_written(path).write_text(name)
     # In a session of its own: Ray kills the process group of a worker that is gone, and with it what it printed last.
     keeper = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, str(path)], stdin=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-I", "-S", __file__, str(path), name], stdin=subprocess.PIPE, start_new_session=True
     )
     if keeper.stdin is None:
         raise RuntimeError("the pipe of the output's keeper was not made")
@@ -64,7 +66,6 @@ def kept_output(path: Path) -> Iterator[None]:
             os.close(descriptor)
         try:
             keeper.wait(CLOSE_SECONDS)
-            last_words_note(path).unlink(missing_ok=True)
         except subprocess.TimeoutExpired:  # a grandchild holds the pipe open, and prints on
             _LINGERING.append(keeper)
 
@@ -167,4 +168,5 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     keep(0, Tail(output))
     with contextlib.suppress(OSError):  # the trial's folder may be gone
-        last_words_note(output).touch()
+        if being_written(output).read_text() == sys.argv[2]:  # not that of a later attempt
+            being_written(output).unlink()

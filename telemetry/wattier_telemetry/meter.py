@@ -25,6 +25,7 @@ _LOCK_SECONDS = 0.1  # between two looks whether the meter was closed by whoever
 _JITTER = 0.2  # of the interval: samples in step with a load that pulsates would see only one side of it
 _RESERVED_INTERVALS = 2.5
 _TIMES_ASKED = 3  # at most, while the answers come late
+_HANGS_SECONDS = 0.25  # an answer that takes so long is the driver's, or nothing that asking again would mend
 _HELD_UP_RATIO, _HELD_UP_SECONDS = 2.0, 0.0002  # late are those that took so much longer than the quickest did
 _LONGEST_GAP_INTERVALS = 5.0
 
@@ -126,13 +127,14 @@ class EnergyMeter:
         """Open the window: reserve in the journal first, then take the first reading."""
         if self._opened_at is not None:
             raise RuntimeError("an EnergyMeter measures one window; make a new one for the next")
-        before = self._monotonic()
+        before, answered = self._monotonic(), True
         for account in self._accounts:
             try:
                 account.preview(self._source.read(account.device))
             except Exception:  # noqa: BLE001  (the first sample will report it)
-                continue
-        self._answer_seconds.append(self._monotonic() - before)
+                answered = False
+        if answered:
+            self._answer_seconds.append(self._monotonic() - before)
         self._wait_for_the_device()
         if self._journal_path is not None:
             self._journal = Journal(self._journal_path)
@@ -140,6 +142,8 @@ class EnergyMeter:
             self._journal.write(self._build(0.0, reserved_seconds=self._horizon_seconds()))
         self._pid = os.getpid()
         self._open()
+        if self._report is not None:  # a signal handler has closed the meter
+            return self
         self._thread = threading.Thread(target=self._run, name="wattier-energy-meter", daemon=True)
         self._thread.start()
         return self
@@ -197,8 +201,9 @@ class EnergyMeter:
             if self._opened_at is None:
                 return EnergyReport.empty()
             now = self._sample()
-            self._write_journal(now)
-            return self._build(now - self._opened_at)
+            if self._report is None:
+                self._write_journal(now)
+            return self._report or self._build(now - self._opened_at)
 
     def _run(self) -> None:
         delay = min(_FIRST_TICK_SECONDS, self._interval_seconds)
@@ -221,10 +226,12 @@ class EnergyMeter:
 
     def _open(self) -> None:
         """Take the first reading: the window begins where it was asked for."""
-        before = self._monotonic()
-        self._start_seconds = self._clock()
+        self._start_seconds, begun = self._clock(), self._monotonic()
+        self._opened_at = self._sampled_at = self._journaled_at = begun
         now, answers = self._read_all()
-        self._start_seconds += now - before
+        if self._report is not None:
+            return
+        self._start_seconds += now - begun
         self._opened_at = self._sampled_at = self._journaled_at = now
         self._book(now, answers)
         self._write_journal(now)
@@ -232,22 +239,28 @@ class EnergyMeter:
     def _sample(self) -> float:
         """Read every device; return when they were asked."""
         now, answers = self._read_all()
-        self._book(now, answers)
+        if self._report is None:  # a signal handler may have closed the meter in between
+            self._book(now, answers)
         return now
 
     def _read_all(self) -> tuple[float, list[_Answer]]:
         """Ask every device at one time, so that a window in which all answered is covered exactly.
 
         Joules run to the moment a device answers, seconds to the moment it is asked. Where somebody held the thread up
-        in between, it asks again.
+        in between, it asks again; but not a driver that hangs, nor one that fails, and no answer is given up for a
+        failure.
         """
+        kept: tuple[float, list[_Answer]] | None = None
         for _ in range(_TIMES_ASKED):
             now = self._monotonic()
             answers = [self._ask(account.device, now) for account in self._accounts]
             seconds = self._monotonic() - now
+            if any(isinstance(answer.reading, Exception) for answer in answers):
+                return kept or (now, answers)
+            kept = now, answers
             usual = min(self._answer_seconds, default=seconds)
             self._answer_seconds.append(seconds)
-            if seconds <= _HELD_UP_RATIO * usual + _HELD_UP_SECONDS:
+            if seconds <= _HELD_UP_RATIO * usual + _HELD_UP_SECONDS or seconds > _HANGS_SECONDS:
                 break
         return now, answers
 

@@ -18,7 +18,7 @@ from wattier.outcome import (
     write_error,
 )
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult
-from wattier.trial_output import OUT_OF_MEMORY_NOTE, last_words_note
+from wattier.trial_output import OUT_OF_MEMORY_NOTE, being_written
 from wattier_telemetry import EnergyReport
 
 FIDELITY = Fidelity("only", None, 3, 1)
@@ -80,13 +80,13 @@ class TestReasons:
     def test_who_died_without_a_word(self, tmp_path, message, printed, reason):
         if printed is not None:
             (tmp_path / "output.txt").write_text("la " * 100_000 + printed)
-        last_words_note(tmp_path / "output.txt").touch()
         assert reason_of_death(tmp_path / "output.txt", message).startswith(reason)
 
     def test_a_crash_that_is_written_down_late_is_waited_for(self, tmp_path):
         output = tmp_path / "output.txt"
         output.write_text("epoch 1\n")
-        late = "sleep 2.5; echo 'Fatal Python error: Segmentation fault' >> output.txt; touch .output.txt.ended"
+        being_written(output).touch()
+        late = "sleep 2.5; echo 'Fatal Python error: Segmentation fault' >> output.txt; rm .output.txt.open"
         with subprocess.Popen(["sh", "-c", late], cwd=tmp_path):
             assert reason_of_death(output) == "its process crashed (Segmentation fault); see output.txt"
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ from wattier.costs import costs_of, joules_to_convergence
 from wattier.plan import plan_info, store_for_plan
 from wattier.prepare import prepare_data
 from wattier.records import Fidelity, TrialResult
+from wattier.run import _projection
 from wattier.rundir import RunDir
 from wattier.trial import settings_of
 from wattier_gnn.model import ModelConfig, build_model
@@ -117,7 +119,7 @@ class TestJoulesToConvergence:
                 {}, done, structures * done, 60.0, EnergyReport.of([share]), 1000,
             ))  # fmt: skip
         monkeypatch.setattr(RunDir, "trials", lambda _, _stage=None: results)
-        return joules_to_convergence(run, config, store)
+        return joules_to_convergence(run, config, store, "deep")
 
     ROWS = tuple(
         [("wide", f"wide-{i}", 16 + 6 * i, 100, 3, 1, 1 + i % 3) for i in range(8)]  # some are stopped early
@@ -126,15 +128,27 @@ class TestJoulesToConvergence:
 
     def test_ranks_and_length_of_full_training_count_and_not_those_of_the_search(self, prepared, monkeypatch):
         told = self.told(prepared, self.ROWS, monkeypatch)
-        assert set(told) == {(stage, trial_id) for stage, trial_id, *_ in self.ROWS}
+        assert set(told) == {f"deep-{i}" for i in range(4)}
         n = len(prepared[2].indices(TRAIN))
         for _, trial_id, width, *_ in self.ROWS[8:]:  # a joule a structure as on two ranks would be 2 times too much
-            assert told["deep", trial_id] == pytest.approx(self.price(40 * n, width, 1), rel=0.4)
+            assert told[trial_id] == pytest.approx(self.price(40 * n, width, 1), rel=0.4)
 
     def test_figures_are_the_same_in_any_order_and_when_full_training_is_over(self, prepared, monkeypatch):
         told = self.told(prepared, self.ROWS, monkeypatch)
         more = [("full", "deep-0", 16, 400, 40, 1, 40)]
         assert self.told(prepared, [*self.ROWS[::-1], *more], monkeypatch) == told
+
+    def test_a_selection_tells_what_is_known_and_what_the_search_minimized(self, prepared, monkeypatch):
+        run, config, store = prepared
+        told = self.told(prepared, self.ROWS, monkeypatch)
+        trial = run.trials()[-1]
+        project = _projection(run, config, store, lambda _, joules_per_structure: 7e6 * joules_per_structure)
+        assert project(trial) == told[trial.trial_id]
+        assert project(replace(trial, energy=EnergyReport.empty())) is None
+        search = config.search.model_copy(update={"objectives": ["val_loss", "projected_joules"]})
+        other = config.model_copy(update={"search": search})
+        project = _projection(run, other, store, lambda _, joules_per_structure: 7e6 * joules_per_structure)
+        assert project(trial) == pytest.approx(7e6 * trial.energy_joules / trial.structures_seen)
 
     def test_of_no_trial_nothing_is_told(self, prepared, monkeypatch):
         assert self.told(prepared, [], monkeypatch) == {}

@@ -11,7 +11,7 @@ import pytest
 from wattier import trial_output
 from wattier.config import RunConfig
 from wattier.stall import StallWatch
-from wattier.trial_output import KEPT_BYTES, OUT_OF_MEMORY_NOTE, Tail, keep, kept_output, last_words_note
+from wattier.trial_output import KEPT_BYTES, OUT_OF_MEMORY_NOTE, Tail, being_written, keep, kept_output
 
 PRINTS = """
 import os, subprocess, sys
@@ -149,11 +149,21 @@ class TestKeptOutput:
     )
     def test_the_last_words_outlive_the_process(self, tmp_path, how):
         run_printing(tmp_path / "output.txt", f"print('last words', flush=True); {how}")
-        note, deadline = last_words_note(tmp_path / "output.txt"), time.monotonic() + 10
-        while how != "raise SystemExit(3)" and not note.exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 10
+        while being_written(tmp_path / "output.txt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert "last words" in (tmp_path / "output.txt").read_text()
-        assert note.exists() == (how != "raise SystemExit(3)"), "who closes its output leaves no note"
+        assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]
+
+    def test_the_keeper_of_an_earlier_attempt_does_not_say_that_this_one_is_over(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(trial_output, "CLOSE_SECONDS", 0.2)
+        with kept_output(tmp_path / "output.txt"):
+            child = subprocess.Popen(["sleep", "1"])  # which holds the pipe of the first attempt open
+        with kept_output(tmp_path / "output.txt"):
+            child.wait(timeout=10)
+            trial_output._LINGERING.pop().wait(timeout=10)
+            assert being_written(tmp_path / "output.txt").exists()
+        assert not being_written(tmp_path / "output.txt").exists()
 
     def test_native_code_that_holds_the_interpreter_and_prints_is_not_stuck(self, tmp_path):
         shout = "import ctypes; line = b'x' * 65536; [ctypes.PyDLL(None).write(1, line, 65536) for _ in range(200)]"

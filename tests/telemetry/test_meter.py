@@ -241,6 +241,78 @@ def test_joules_and_seconds_end_together_though_an_answer_is_late(clock, slow):
     assert running.report.shares[0].joules_high - running.report.joules < 0.1
 
 
+class Driver:
+    """An exact counter at 100 W whose answers take 1 ms; what the closing's do, the test says."""
+
+    def __init__(self, clock, closing):
+        self.clock, self.closing, self.asked, self.asked_at_closing = clock, closing, 0, None
+
+    def __call__(self, _):
+        self.asked += 1
+        seconds, fails = 0.001, False
+        if self.asked_at_closing is not None:
+            seconds, fails = self.closing[min(self.asked_at_closing, len(self.closing) - 1)]
+            self.asked_at_closing += 1
+        self.clock.now += seconds
+        if fails:
+            raise SourceUnavailable("shaky")
+        return Reading(self.clock.now, energy_joules=100.0 * (self.clock.now - 1000))
+
+    def report(self, seconds=0.5):
+        script = Script(self)
+        with Settled(script, clock=self.clock, monotonic=self.clock, interval_seconds=3600) as running:
+            self.clock.now += seconds
+            self.asked_at_closing = 0
+        return running.report
+
+
+def test_a_late_answer_is_not_given_up_for_a_failure(clock):
+    driver = Driver(clock, [(0.01, False), (0.001, True)])
+    report = driver.report()
+    assert report.joules == pytest.approx(51.5, abs=1)
+    assert (report.coverage_ratio, report.warnings) == (1.0, ())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_driver_that_hangs_is_asked_once(clock, fails):
+    driver = Driver(clock, [(1.0, fails)])
+    report = driver.report()
+    assert driver.asked_at_closing == 1
+    assert report.seconds == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_quick_failure_does_not_make_what_is_usual_late(clock):
+    driver = Driver(clock, [(0.001, False)])
+    with Settled(Script(driver), clock=clock, monotonic=clock, interval_seconds=3600) as running:
+        driver.closing, driver.asked_at_closing = [(0.0, True)], 0
+        running.so_far()
+        driver.asked_at_closing, before = None, driver.asked
+        for _ in range(10):
+            running.so_far()
+        assert driver.asked == before + 10
+
+
+def test_a_signal_handler_that_closes_the_meter_while_it_opens_is_heard(clock):
+    meters = []
+
+    def reading(_):
+        if meters and meters[0].report_is_wanted:
+            meters[0].report_is_wanted = False
+            meters[0].close()
+        return Reading(clock.now, energy_joules=100.0 * (clock.now - 1000))
+
+    class Closed(EnergyMeter):
+        report_is_wanted = True
+
+    meters.append(Closed(Script(reading), clock=clock, monotonic=clock, interval_seconds=3600))
+    meters[0]._source.read = lambda _: Reading(clock.now)  # the preview
+    meters[0]._source.read_energy = reading
+    with meters[0] as running:
+        assert running.report.seconds == 0
+        assert running._thread is None
+    assert running.so_far() is running.report
+
+
 @pytest.mark.parametrize("late", [(0.0, 0.0), (0.009, 0.0), (0.0, 0.009), (0.003, 0.008), (0.008, 0.003)])
 @pytest.mark.parametrize("begin", [0.001, 0.004, 0.05, 0.099])
 def test_a_tick_that_was_seen_a_little_late_moves_the_edge_no_more_than_that(late, begin):

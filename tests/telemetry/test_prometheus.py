@@ -67,7 +67,7 @@ while not select.select([sys.stdin], [], [], 0.02)[0]:
     last, before = now, after
 print(json.dumps((stalls, waits)))
 """
-STALL_SECONDS = 0.05
+STALL_SECONDS, STALL_RATIO = 0.05, 0.25  # of the 200 ms that a scrape may take
 BACKLOG_SECONDS = 0.3
 CONFIG = """
 global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
@@ -104,7 +104,7 @@ class StallWitness:
             if begin <= at <= end + STALL_SECONDS:
                 queued.update(seconds)
         stalled = any(first < end and begin < last + BACKLOG_SECONDS for first, last in stalls)
-        return stalled or max(queued.values(), default=0.0) > STALL_SECONDS
+        return stalled or max(queued.values(), default=0.0) > max(STALL_SECONDS, STALL_RATIO * (end - begin))
 
     def close(self):
         self._process.kill()
