@@ -100,7 +100,7 @@ def calibration_figure(info: EvaluationInfo) -> go.Figure:
 
 
 def coverage_figure(rows: Sequence[CoverageRow], quantity: str) -> go.Figure | None:
-    """Observed coverage by source, with the band that chance alone explains; None without intervals."""
+    """Observed coverage by source, with its binomial band; None without intervals."""
     known = [row for row in rows if row.quantity == quantity and row.observed is not None]
     if not known:
         return None

@@ -122,7 +122,7 @@ def _coverage_sentences(findings: Findings) -> list[str]:
     nouns = {"energy": "energies", "forces": "force components"}
     sentences = []
     for row in pooled:
-        doubt = ", which chance alone does not explain" if row.is_inside is False else ""
+        doubt = ", outside the 99 % binomial band" if row.is_inside is False else ""
         what = f"{format_ratio(row.observed)} of the held-out {nouns.get(row.quantity, row.quantity)}"
         sentences.append(f"{what} lie inside their {format_ratio(row.target)} intervals{doubt}.")
     return sentences

@@ -225,7 +225,7 @@ def test_coverage_is_read_where_the_evaluation_has_it(whole_run):
     findings = gather(whole_run)
     rows = coverage_rows(findings.evaluation)
     assert [(row.source, row.is_inside) for row in rows] == [("all sources", False), ("ani1x", False)]
-    assert any("which chance alone does not explain" in text for text in summary(findings))
+    assert any("outside the 99 % binomial band" in text for text in summary(findings))
     assert {"coverage-energy"} <= set(drawings(findings))
 
 
