@@ -7,9 +7,11 @@ Every unit is in the field's name. ``None`` means "unknown", which is never the 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
+
+from wattier_telemetry.checked_json import checked_number, checked_table
 
 Domain = Literal["gpu", "cpu", "dram", "node"]
 Method = Literal["counter", "integrated", "estimated"]
@@ -325,15 +327,15 @@ class EnergyReport:
         Raises:
             ValueError: If a key is missing or unknown, a type is wrong, or a number is not finite.
         """
-        table = _table(data, "energy report", required={f.name for f in fields(cls)})
+        table = checked_table(data, "energy report", required={f.name for f in fields(cls)})
         if not isinstance(table["shares"], list):
             raise ValueError("energy report: shares must be a list")
         shares = tuple(_share(item, f"shares[{i}]") for i, item in enumerate(table["shares"]))
         warnings = table["warnings"]
         if not isinstance(warnings, list) or not all(isinstance(item, str) for item in warnings):
             raise ValueError("energy report: warnings must be a list of strings")
-        seconds = _number(table, "seconds", "energy report")
-        return cls(shares, seconds, _number(table, "coverage_ratio", "energy report"), tuple(warnings))
+        seconds = checked_number(table, "seconds", "energy report")
+        return cls(shares, seconds, checked_number(table, "coverage_ratio", "energy report"), tuple(warnings))
 
 
 def _rank(share: Share) -> tuple[Any, ...]:
@@ -371,35 +373,18 @@ def _coverage_ratio(shares: tuple[Share, ...]) -> float:
 
 def _share(data: Any, where: str) -> Share:
     optional = {f.name for f in fields(Share) if f.default is not MISSING}
-    table = _table(data, where, required={f.name for f in fields(Share)} - optional, optional=optional)
+    table = checked_table(data, where, required={f.name for f in fields(Share)} - optional, optional=optional)
     for name in ("device_uuid", "domain", "method", "attribution"):
         if not isinstance(table.get(name, ""), str):
             raise ValueError(f"{where}: {name} must be a string, not {table[name]!r}")
     may_be_none = ("joules", "joules_low", "joules_high")
     numbers = {
-        name: _number(table, name, where)
+        name: checked_number(table, name, where)
         for name in _SHARE_NUMBERS
         if name in table and not (name in may_be_none and table[name] is None)
     }
     throttled = table.get("throttled_seconds")
     if throttled is not None:
-        _table(throttled, f"{where}: throttled_seconds", required=set(), optional=throttled)
-        throttled = {reason: _number(throttled, reason, f"{where}: throttled_seconds") for reason in throttled}
+        checked_table(throttled, f"{where}: throttled_seconds", required=set(), optional=throttled)
+        throttled = {reason: checked_number(throttled, reason, f"{where}: throttled_seconds") for reason in throttled}
     return Share(**{**table, **numbers, "throttled_seconds": throttled})
-
-
-def _table(data: Any, where: str, *, required: set[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: must be a JSON object, not {type(data).__name__}")
-    if missing := required - data.keys():
-        raise ValueError(f"{where}: missing {', '.join(sorted(missing))}")
-    if unknown := data.keys() - required - set(optional):
-        raise ValueError(f"{where}: unknown {', '.join(sorted(map(str, unknown)))}")
-    return data
-
-
-def _number(table: Mapping[str, Any], name: str, where: str) -> float:
-    value = table[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where}: {name} must be a finite number, not {value!r}")
-    return float(value)
