@@ -1,11 +1,13 @@
 """Run all tests on two lanes side by side: each takes the next room of tests when it is done with one.
 
 What computes is nicer, and what waits has a session (so a scheduling group) of its own: its clocks are not held up.
-All must pass. A room's output comes when it has ended; arguments go to every pytest run.
+All must pass. A room's output comes when it has ended; arguments go to every pytest run. What still runs after
+LIMIT_SECONDS, or when this is terminated, says where every thread of it stood and ends: a gate that hangs says why.
 """
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 N_LANES = 2
+LIMIT_SECONDS = 2400.0  # twice what they take
 NICE = ["nice", "-n", "10"]
 
 
@@ -38,9 +41,9 @@ ROOMS = (
 class Lane(threading.Thread):
     """Runs rooms until there are none left, whatever becomes of them."""
 
-    def __init__(self, rooms: deque[Room], arguments: list[str], voice: threading.Lock) -> None:
+    def __init__(self, rooms: deque[Room], arguments: list[str], voice: threading.Lock, deadline: float) -> None:
         super().__init__()
-        self.rooms, self.arguments, self.voice = rooms, arguments, voice
+        self.rooms, self.arguments, self.voice, self.deadline = rooms, arguments, voice, deadline
         self.failed: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -54,24 +57,39 @@ class Lane(threading.Thread):
             self._run(room)
 
     def _run(self, room: Room) -> None:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *self.arguments, *room.folders]
+        command = [
+            sys.executable,
+            "-X",
+            "faulthandler",
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            *self.arguments,
+            *room.folders,
+        ]
         command = command if room.waits else [*NICE, *command]
         name, started = " ".join(room.folders), time.monotonic()
         with tempfile.TemporaryFile() as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=room.waits)
-            code = self.process.wait()
+            try:
+                code = self.process.wait(timeout=max(0.0, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.stop()
+                code = self.process.wait()
             output.seek(0)
             with self.voice:
                 sys.stdout.buffer.write(output.read())
-                print(f"tests: {name} took {time.monotonic() - started:.0f} s", flush=True)
+                how = "was stopped after" if code == -signal.SIGABRT else "took"
+                print(f"tests: {name} {how} {time.monotonic() - started:.0f} s", flush=True)
         if code:
             self.failed.append(name)
 
     def stop(self) -> None:
-        """Kill what runs, and run no more."""
+        """End what runs, which says where it stood (faulthandler), and run no more."""
         self.rooms.clear()
-        if self.process is not None:
-            self.process.kill()
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGABRT)
 
 
 def forgotten() -> list[str]:
@@ -85,7 +103,9 @@ def main() -> int:
         print(f"tests: .ci/test.py runs no {', '.join(folders)}. Add it to a room.")
         return 2
     rooms, voice = deque(ROOMS), threading.Lock()
-    lanes = [Lane(rooms, sys.argv[1:], voice) for _ in range(N_LANES)]
+    deadline = time.monotonic() + LIMIT_SECONDS
+    lanes = [Lane(rooms, sys.argv[1:], voice, deadline) for _ in range(N_LANES)]
+    signal.signal(signal.SIGTERM, lambda *_: [lane.stop() for lane in lanes])
     print("tests: " + ", ".join(folder for room in ROOMS for folder in room.folders), flush=True)
     try:
         for lane in lanes:
