@@ -19,6 +19,7 @@ import typer
 from wattier.bench_cli import bench_app
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
 from wattier.finetune_cli import finetune
+from wattier.interrupts import interrupt, keep_interrupts
 from wattier.predict_cli import predict
 from wattier.release_cli import push, verify
 from wattier.submit_cli import submit
@@ -361,7 +362,8 @@ def _existing(target: Path) -> RunDir:
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2, a bug leaves its traceback in a file."""
     logging.basicConfig(level=os.environ.get("WATTIER_LOG_LEVEL", "WARNING"), format="%(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, _interrupt)  # how Slurm and Ray jobs ask to stop
+    signal.signal(signal.SIGTERM, interrupt)  # how Slurm and Ray jobs ask to stop
+    keep_interrupts()
     try:
         app()
     except Exception as error:  # noqa: BLE001  (the last line of defence)
@@ -377,10 +379,6 @@ def main() -> None:
             file.write(text)
         typer.echo(f"wattier failed: {type(error).__name__}: {reason}. The traceback is in {file.name}.", err=True)
         sys.exit(EXIT_FAILURE)
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _is_users(error: Exception) -> bool:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wattier.interrupts import Interrupted
 from wattier.rundir import LEAVE_NAME, RunDir, read_json, write_json
 from wattier.walltime import Limit
 
@@ -29,8 +30,8 @@ POLL_SECONDS = 0.5
 AT_ONCE = 0.0  # by anybody's clock, also that of a node that is minutes behind
 
 
-class NotFinishedError(KeyboardInterrupt):
-    """The command leaves before it is done; what it did is saved. Passes whatever a KeyboardInterrupt passes."""
+class NotFinishedError(Interrupted):
+    """The command leaves before it is done; what it did is saved."""
 
 
 class _Note(NamedTuple):
@@ -96,7 +97,7 @@ class Departure:
         if _TRIALS.running and number == signal.SIGALRM:
             return  # they know
         if not _TRIALS.running or self._has_hurried:
-            raise NotFinishedError(name)
+            raise NotFinishedError(name, number)
         self._has_hurried = True
         self.leaves_at = AT_ONCE
         self._write(name, AT_ONCE)
@@ -112,15 +113,30 @@ def leaving_in_time(run: RunDir, limit: Limit | None) -> Iterator[Departure]:
     if threading.current_thread() is not threading.main_thread():
         yield departure
         return
-    before = {number: signal.signal(number, departure.hurry) for number in (*SIGNALS, signal.SIGALRM)}
-    if departure.leaves_at is not None:
-        signal.setitimer(signal.ITIMER_REAL, max(0.001, departure.leaves_at - time.time()))
+    before = {number: signal.signal(number, departure.hurry) for number in SIGNALS}
     try:
-        yield departure
+        with _alarm(departure):
+            yield departure
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _alarm(departure: Departure) -> Iterator[None]:
+    """Wake this process when it has to leave; an alarm that somebody else has set rings after it, if it is due."""
+    if departure.leaves_at is None:
+        yield
+        return
+    handler, began = signal.signal(signal.SIGALRM, departure.hurry), time.monotonic()
+    others, _ = signal.setitimer(signal.ITIMER_REAL, max(0.001, departure.leaves_at - time.time()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if others:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, others - (time.monotonic() - began)))
 
 
 class _Trials:

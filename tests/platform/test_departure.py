@@ -167,7 +167,23 @@ class TestSignals:
         with leaving_in_time(run, Limit(time.time() + 1000, "x")):
             pass
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)] == before
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+    @pytest.mark.parametrize("limit", [None, 1000.0])
+    def test_somebody_elses_alarm_rings_all_the_same(self, run, limit):
+        rung = []
+        handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+        others, _ = signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            with leaving_in_time(run, limit and Limit(time.time() + limit, "x")):
+                began = time.monotonic()
+                time.sleep(0.1)
+            deadline = time.monotonic() + 20
+            while not rung and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert rung[0] - began > 0.1, "it rings after the time that it was set for, not at once"
+        finally:
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, others)
 
 
 def leaves_in_epoch(epoch, ran):

@@ -74,7 +74,7 @@ class Scraper:
         self.target = run.path / "telemetry" / "targets" / f"{HOST}.json"
         self.pages, self.addresses = [], set()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work)
+        self._thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self):
         self._thread.start()

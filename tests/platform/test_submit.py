@@ -97,7 +97,7 @@ class TestRefusals:
                 pass
 
         server = http.server.HTTPServer(("127.0.0.1", 0), Page)
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
             assert "no Ray cluster answers here" in refused(config(), f"http://127.0.0.1:{server.server_port}")

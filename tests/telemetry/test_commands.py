@@ -483,7 +483,7 @@ class TestDoctor:
                 write(step)
 
         write(0)
-        thread = threading.Thread(target=beat)
+        thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         monkeypatch.setattr(cray_module, "PM_COUNTERS", root)
         yield root

@@ -124,7 +124,9 @@ def test_endless_updates_are_an_error_and_no_endless_loop(tree, monkeypatch):
 def test_readers_in_threads_agree(tree):
     source = CraySource(tree)
     cpu, seen = source.devices()[0], []
-    threads = [threading.Thread(target=lambda: seen.append(source.read(cpu).energy_joules)) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: seen.append(source.read(cpu).energy_joules), daemon=True) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -240,7 +240,7 @@ class TestExporter:
             lane.started_at = lane.sampled_at = lane.sampled_at - 1000
         reads = source.reads
         source.gate.clear()
-        threads = [threading.Thread(target=renderer.render) for _ in range(20)]
+        threads = [threading.Thread(target=renderer.render, daemon=True) for _ in range(20)]
         for thread in threads:
             thread.start()
         until(lambda: len(sampler._sampled._waiters) == 20)
@@ -306,7 +306,7 @@ class TestStart:
 
     def test_run_ends_when_told(self, options):
         stop = threading.Event()
-        thread = threading.Thread(target=run, args=(ServeOptions(**options), stop))
+        thread = threading.Thread(target=run, args=(ServeOptions(**options), stop), daemon=True)
         thread.start()
         threading.Event().wait(0.3)
         assert thread.is_alive()

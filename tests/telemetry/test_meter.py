@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -360,14 +361,16 @@ def test_a_signal_handler_may_close_the_meter_while_it_is_read():
         source = Slow(method="integrated", g=100.0)
         source.counter = False
         running = EnergyMeter(source, interval_seconds=0.02)
-        old = signal.signal(signal.SIGALRM, lambda *_, running=running: running.close())
+        old = signal.signal(signal.SIGUSR1, lambda *_, running=running: running.close())
+        sender = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGUSR1))
         try:
             with running:
-                signal.setitimer(signal.ITIMER_REAL, delay)
+                sender.start()
                 while running._report is None:
                     running.so_far()
         finally:
-            signal.signal(signal.SIGALRM, old)
+            sender.join()
+            signal.signal(signal.SIGUSR1, old)
         assert running.report.seconds >= delay
         assert running.report.joules == pytest.approx(100 * running.report.seconds, rel=1e-5)
 

@@ -363,7 +363,7 @@ class TestLostGpu:
         hanging, other = source.devices()
         done = threading.Event()
         change(SimulatedDevice(extra={"hang": 0, "hang_for": 2}), SimulatedDevice())
-        thread = threading.Thread(target=lambda: (source.read(hanging), done.set()))
+        thread = threading.Thread(target=lambda: (source.read(hanging), done.set()), daemon=True)
         thread.start()
         assert source.read(other).power_watts == 300
         assert not done.is_set()

@@ -506,7 +506,7 @@ class TestFresh:
             lane.started_at = lane.sampled_at = lane.sampled_at - 1000
         source.gate.clear()
         asking = {"target": sampler.fresh, "args": (100.0,), "kwargs": {"timeout_seconds": 60}}
-        threads = [threading.Thread(**asking) for _ in range(20)]
+        threads = [threading.Thread(**asking, daemon=True) for _ in range(20)]
         for thread in threads:
             thread.start()
         until(lambda: len(sampler._sampled._waiters) == 20)
