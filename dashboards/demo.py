@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)] if str(HERE) not in sys.path else []
 
 from replay.player import Player, Truth, playing  # noqa: E402  (found beside this file, wherever it is run from)
+from wattier_telemetry.stopping import stop_on_signals  # noqa: E402
 
 START_SECONDS = 60.0
 SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 86_400.0  # of a campaign; in less, its stages have no room
@@ -167,9 +166,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=9090, help="of Prometheus (default 9090)")
     parser.add_argument("--once", action="store_true", help="play it once instead of again and again")
     options = parser.parse_args()
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_on_signals()
     rounds = 1 if options.once else max(1, int(8 * 3600 / options.seconds))
     try:
         with (

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from typing import NamedTuple
 import bench_telemetry
 import psutil
 
+from wattier.ports import free_port
 from wattier_telemetry import TrialRegistration
 from wattier_telemetry.exporter import ServeOptions, start
 from wattier_telemetry.sources.nvml import NvmlSource
@@ -262,13 +262,6 @@ def version(name: str) -> str:
     debian = subprocess.run(["dpkg-query", "-W", name], capture_output=True, text=True, check=False).stdout.split()
     number = re.search(r"\d+\.\d+\.\d+\S*", text)
     return f"{name} {debian[1] if len(debian) == 2 else number[0] if number else text}"
-
-
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

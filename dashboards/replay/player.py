@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ from replay.standing import standing
 from replay.world import GPU, HOSTS, LARGEST_MEMORY_BYTES, RUN, TRIALS, Trial, World
 from wattier_telemetry import TrialRegistration
 from wattier_telemetry.exporter import ServeOptions, start
+from wattier_telemetry.stopping import stop_on_signals
 
 LEAD_SECONDS = 3.0  # before anything happens, for the exporters and for Prometheus to start
 TICK_SECONDS = 0.5
@@ -220,9 +220,7 @@ def main() -> int:
     parser.add_argument("--address", default="127.0.0.1")
     parser.add_argument("--ports", type=int, nargs=2, default=(9500, 9501))
     options = parser.parse_args()
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_on_signals()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         ports = tuple(options.ports)

@@ -85,6 +85,7 @@ class Departure:
     def __init__(self, run: RunDir, limit: Limit | None) -> None:
         self.run, self.limit = run, limit
         self._has_hurried = False
+        self.raised: NotFinishedError | None = None
         self.leaves_at: float | None = None
         if limit is not None:
             left = max(0.0, limit.at_seconds - time.time())
@@ -97,7 +98,8 @@ class Departure:
         if _TRIALS.running and number == signal.SIGALRM:
             return  # they know
         if not _TRIALS.running or self._has_hurried:
-            raise NotFinishedError(name, number)
+            self.raised = NotFinishedError(name, number)
+            raise self.raised
         self._has_hurried = True
         self.leaves_at = AT_ONCE
         self._write(name, AT_ONCE)
@@ -117,6 +119,10 @@ def leaving_in_time(run: RunDir, limit: Limit | None) -> Iterator[Departure]:
     try:
         with _alarm(departure):
             yield departure
+    except KeyboardInterrupt as stop:
+        if departure.raised is None or isinstance(stop, NotFinishedError):
+            raise
+        raise departure.raised from None  # in whose place Ray has raised a KeyboardInterrupt of its own
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -27,6 +26,7 @@ from wattier.outcome import (
     write_error,
     write_reason,
 )
+from wattier.ports import free_port
 from wattier.records import EpochRecord, Fidelity, Proposal, TrialResult, finite_or_none
 from wattier.rundir import RunDir, decode, read_json, write_json
 from wattier.trial_context import RunTrial, TrialContext, TrialSpec, failed_result, judged, left_result
@@ -304,14 +304,6 @@ def check_local_resources(stage: Stage) -> None:
             f"{stage.config.resources.cpus_per_rank} CPUs each, {wanted} in all, but this machine has {have}. "
             "Lower ranks or resources.cpus_per_rank, or set resources.address to a Ray cluster."
         )
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _run_rank(run_trial: RunTrial, spec: TrialSpec, config: RunConfig, world: World, gpus: float) -> None:

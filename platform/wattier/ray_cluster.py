@@ -36,6 +36,7 @@ from wattier.launch import Stage, gpus_per_rank, usable_cpus
 
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # trials read the store from disk and pass only small records
+TOO_SLOW = "timed out during startup"  # Ray's word after 30 s
 LONGEST_ROOT = 12  # characters; a Unix socket's path has at most 107, of which our folder takes 31 and Ray's names 64
 
 Bundle = dict[str, float]
@@ -80,7 +81,9 @@ def cluster(resources: ResourcesSection) -> Iterator[str | None]:
 
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
+            context = _started(
+                private, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
+            )
         except ConnectionError as error:
             raise UserError(
                 f"resources.address: no Ray cluster answers at {options['address']!r} ({error}). "
@@ -94,6 +97,20 @@ def cluster(resources: ResourcesSection) -> Iterator[str | None]:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts in one that skips our clean-up
         address = getattr(context, "dashboard_url", None)
         yield f"http://{address}" if address else None
+
+
+def _started(private: bool, **options: Any) -> Any:
+    """`ray.init`; a machine that is so busy that Ray gives up its own start is given a second chance."""
+    import ray
+
+    try:
+        return ray.init(**options)
+    except Exception as error:
+        if not private or TOO_SLOW not in str(error):
+            raise
+        log.warning("Ray took too long to start on this machine; once more")
+        ray.shutdown()
+        return ray.init(**options)
 
 
 def scratch_folder(name: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 from wattier.departure import LEFT_RESULT, LeaveNote, NotFinishedError
 from wattier.errors import UserError
-from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage, note_stop, write_left
+from wattier.launch import NOTHING_RUNS, NotNow, OnResult, Policy, Stage, note_stop, runs_here, write_left
 from wattier.outcome import (
     LONGEST_ERROR,
     LONGEST_REASON,
@@ -36,6 +36,7 @@ RESULT_WAIT_SECONDS = 60.0  # a stopped trial unwinds, and a shared file system 
 PLACE_LOOK_SECONDS = 2.0
 RAY_LOST = "its owner has died"  # in what Ray says of a trial's process: the owner is this command's own connection
 TELL_SECONDS = 60.0
+NO_PROCESS = "it never began: the process it was to have took too long to leave its last trial"
 # How Ray's exceptions begin to tell that a process is gone, and not that it raised something.
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "The actor ", RAY_MEMORY)
 
@@ -62,6 +63,7 @@ class Driver:
     reasons: dict[str, str] = field(default_factory=dict)  # of the last failure of each trial
     no_place_since: float | None = None
     waits_since: float | None = None
+    has_told: bool = False
     look_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -141,6 +143,11 @@ class Driver:
             self.problem = problem
             raise
 
+    def forgotten(self, trials: list[Any]) -> list[str]:
+        """Ids of trials that Tune has given up without a word: the process they were to have was still unwinding."""
+        open_ids = self.started.keys() - self.unwinding.keys()
+        return [trial.trial_id for trial in trials if trial.trial_id in open_ids and trial.status == "ERROR"]
+
     def look_after(self, trials: list[Any]) -> None:
         """Kill what has stalled; give up when the cluster has lost what trials need."""
         self.collect()
@@ -180,7 +187,7 @@ class Driver:
         missing = what_is_missing(self.bundle, self.stage.fidelity.ranks)
         if missing is None:
             self.no_place_since = None
-            self._tell_of_waiting(now)
+            self._wait_for_others(now, longest)
             return
         if self.no_place_since is None:
             self.no_place_since = now
@@ -192,12 +199,20 @@ class Driver:
             )
             raise self.problem
 
-    def _tell_of_waiting(self, now: float) -> None:
-        """Say once that the cluster is busy with somebody else's work."""
+    def _wait_for_others(self, now: float, longest: float) -> None:
+        """Say once that the cluster is busy with somebody else's work; give up where there is nobody else."""
         if self.waits_since is None:
-            self.waits_since = now
-        if now - self.waits_since >= TELL_SECONDS:
-            self.waits_since = math.inf
+            self.waits_since, self.has_told = now, False
+        if runs_here(self.stage.config):
+            if now - self.waits_since >= longest:
+                self.problem = UserError(
+                    f"stage {self.stage.fidelity.stage!r}: no trial has begun for {longest:g} s "
+                    "(resources.stall_seconds), though all of this machine is free for one: Ray is stuck. Start the "
+                    "same command again; it goes on from here."
+                )
+                raise self.problem
+        elif now - self.waits_since >= TELL_SECONDS and not self.has_told:
+            self.has_told = True
             log.warning(
                 "stage %r: no trial runs, and one waits since %g s for %d ranks of %s: the cluster has them, but "
                 "others hold them",
@@ -283,6 +298,12 @@ def scheduler_of(driver: Driver) -> Any:
 
         def on_trial_error(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
             driver.failed(trial.trial_id, _last_failure(Path(trial.error_file)))
+
+        def choose_trial_to_run(self, tune_controller: Any) -> Any:
+            for trial_id in driver.forgotten(tune_controller.get_trials()):
+                driver.reasons.setdefault(trial_id, NO_PROCESS)
+                tune_controller.search_alg.on_trial_complete(trial_id, error=True)
+            return super().choose_trial_to_run(tune_controller)
 
         def __reduce__(self) -> tuple[Any, ...]:
             return (FIFOScheduler, ())

@@ -7,16 +7,17 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from wattier.launch import free_port, never_stop, run_rank_zero, too_late
+from wattier.launch import never_stop, run_rank_zero, too_late
 from wattier.node_exporters import use_registry
 from wattier.outcome import ERROR_NAME, TrialFailedError, checked_record, reason_of, reason_of_death, write_error
+from wattier.ports import free_port
 from wattier.ray_cluster import Bundle
 from wattier.records import EpochRecord
 from wattier.trial_context import RunTrial, TrialContext, TrialSpec
 from wattier.trial_output import kept_output, output_name
 from wattier_gnn.distributed import World
 
-OTHERS_SECONDS = 1.0  # a rank that left first has said why by then
+OTHERS_SECONDS = 5.0  # a rank that left first has said why by then
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def _failure_of_others(context: TrialContext, running: list[Any]) -> str | None:
 
     if not running:
         return None
+    answered, _ = ray.wait(running, num_returns=len(running), timeout=OTHERS_SECONDS)
     for rank, answer in enumerate(running, start=1):
-        if answer in ray.wait(running, num_returns=len(running), timeout=OTHERS_SECONDS)[0]:
+        if answer in answered:
             try:
                 ray.get(answer)
             except ray.exceptions.RayTaskError as error:

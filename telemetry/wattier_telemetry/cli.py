@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from wattier_telemetry.recording.card import make_card
 from wattier_telemetry.recording.card_text import render, span
 from wattier_telemetry.recording.recorder import Recording, TraceWriter, record
 from wattier_telemetry.source import PowerSource, SourceUnavailable, open_node_sources, open_source
+from wattier_telemetry.stopping import stop_on_signals
 from wattier_telemetry.watch import Watcher, watch
 
 _PROGRESS_SECONDS = 1.0
@@ -99,7 +98,7 @@ def _read(options: Namespace) -> int:
 
 
 def _watch(options: Namespace) -> int:
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     with ExitStack() as stack:
         watcher = Watcher(_open(stack, options.source), options.registry, period_seconds=options.period)
         if options.once:
@@ -112,7 +111,7 @@ def _watch(options: Namespace) -> int:
 
 
 def _record(options: Namespace) -> int:
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     with ExitStack() as stack:
         sources = _open(stack, options.source)
         if any(source.name == "estimated" for source in sources):
@@ -183,7 +182,7 @@ def _serve(options: Namespace) -> int:
         flush_seconds=options.flush,
         discovery=options.discovery,
     )
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     running = start(settings)
     try:
@@ -200,13 +199,6 @@ def _open(stack: ExitStack, names: str) -> list[PowerSource]:
     for source in sources:
         stack.callback(source.close)
     return sources
-
-
-def _stop_on_signals() -> threading.Event:
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
 
 
 if __name__ == "__main__":

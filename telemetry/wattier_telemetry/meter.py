@@ -158,7 +158,8 @@ class EnergyMeter:
         """Take the last reading and put the exact report into the journal. Closing twice is harmless."""
         if self._opened_at is None or self._report is not None or os.getpid() != self._pid:
             return
-        self._stop.set()
+        if not self._stop.is_set():  # a signal handler may close the meter while it is closed
+            self._stop.set()
         if self._thread is not None:
             self._thread.join()
         self._wait_for_the_device()

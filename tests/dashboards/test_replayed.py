@@ -22,6 +22,7 @@ from asked import FOLDER, NAMES, Database, may_be_empty, panels, plain, tool
 from demo import NO_PROMETHEUS, demo
 from replay.standing import BUDGET_SHARE, dominated_area, mine, total_joules
 from replay.world import GPU, GPUS, HOT, IDLE, LOST, STAGES, TRIALS, World
+from wattier.ports import free_port
 
 SECONDS = 75  # of the campaign
 LATE_SECONDS = 0.2  # in which a busy machine's exporter may see that a trial came or went
@@ -73,15 +74,9 @@ class TestWorld:
         assert dominated_area([]) is None
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextlib.contextmanager
 def _victoria(folder):
-    port = _free_port()
+    port = free_port()
     command = [
         tool("victoria-metrics", "victoria-metrics"),
         f"-storageDataPath={folder}/victoria",
@@ -371,7 +366,7 @@ class TestDemo:
 
     def test_runs_until_ctrl_c_and_leaves_nothing(self, tmp_path):
         tool("prometheus", "prometheus")
-        port = _free_port()
+        port = free_port()
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
         command = [*self.COMMAND, "--port", str(port), "--seconds", "60", "--once"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)

@@ -1,11 +1,18 @@
-"""A tiny run for the tests that kill it."""
+"""A tiny run for the tests that kill it, and the end of what a test has left running."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from workplace import Workplace
+from workplace import Workplace, end_all
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture

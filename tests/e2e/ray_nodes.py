@@ -192,10 +192,7 @@ def serve(folder: Path, cpus: list[int]) -> None:
     from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster
 
-    def free_port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
+    from wattier.ports import free_port
 
     port, agent_port = free_port(), free_port()
     common = {"node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}

@@ -14,14 +14,14 @@ from wattier.run import train
 from wattier.rundir import LEAVE_NAME, RunDir
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_killed_told_to_leave_and_out_of_time(tmp_path: Path) -> None:
     run = selected_run(tmp_path / "run")
     straight = undone(run.path, tmp_path / "straight", launcher="inline")
     peaceful = RunDir.open(straight.run_dir)
     train(peaceful, peaceful.config(), InlineLauncher(), Quiet())
     disturbed = undone(run.path, tmp_path / "disturbed")
-    disturbed.environment["REST_SECONDS"] = "0.05"
+    disturbed.environment["REST_SECONDS"] = "0.1"
 
     outcome = disturb(disturbed, walltime_seconds=20)
 

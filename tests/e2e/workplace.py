@@ -18,7 +18,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 WITNESS = Path(__file__).with_name("observed.py")
 TIMEOUT_SECONDS = 280
-STARTED_PIDS: list[int] = []
+STARTED: list[subprocess.Popen[str]] = []
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Workplace:
             [*program, *arguments], cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        STARTED_PIDS.append(process.pid)
+        STARTED.append(process)
         return process
 
     def wattier(self, *arguments: str, witnessed: bool = False) -> subprocess.CompletedProcess[str]:
@@ -91,9 +91,17 @@ class Workplace:
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
+def end_all() -> None:
+    """Kill the commands that still run, as after a time limit: with them ends their Ray, which would hold the cores."""
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=60)
+
+
 def ray_processes() -> list[psutil.Process]:
     """Ray processes of the commands started here, told by the driver's pid in their folder's name."""
-    folders = [f"wattier-ray-{pid}-" for pid in STARTED_PIDS]
+    folders = [f"wattier-ray-{process.pid}-" for process in STARTED]
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])

@@ -168,6 +168,22 @@ class TestSignals:
             pass
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)] == before
 
+    def test_an_interrupt_that_another_library_has_made_its_own_says_why_all_the_same(self, run):
+        """Ray raises a KeyboardInterrupt of its own in the place of what a handler raised while it waited."""
+
+        def as_ray_does():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(20)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt from None
+
+        with pytest.raises(NotFinishedError, match="SIGTERM"), leaving_in_time(run, None):
+            as_ray_does()
+        with pytest.raises(KeyboardInterrupt) as caught, leaving_in_time(run, None):
+            raise KeyboardInterrupt
+        assert not isinstance(caught.value, NotFinishedError), "Ctrl-C is what it was"
+
     @pytest.mark.parametrize("limit", [None, 1000.0])
     def test_somebody_elses_alarm_rings_all_the_same(self, run, limit):
         rung = []

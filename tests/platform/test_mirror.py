@@ -24,9 +24,9 @@ from optuna.trial import TrialState
 from wattier import mirror as mirror_module
 from wattier import storage_url
 from wattier.errors import UserError
-from wattier.launch import free_port
 from wattier.mirror import JOURNAL, Mirror, rebuild
 from wattier.mirror_storage import MirrorLock, open_journal
+from wattier.ports import free_port
 from wattier.records import Proposal
 from wattier.rundir import RunDir, append_json_line, read_json_lines, write_json, write_text
 from wattier.storage_url import STORAGE_VARIABLE

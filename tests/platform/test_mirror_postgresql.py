@@ -15,8 +15,8 @@ import pytest
 from wattier import mirror as mirror_module
 from wattier import storage_url
 from wattier.errors import UserError
-from wattier.launch import free_port
 from wattier.mirror import Mirror, rebuild
+from wattier.ports import free_port
 from wattier.rundir import append_json_line
 from wattier.storage_url import STORAGE_VARIABLE
 
@@ -208,9 +208,9 @@ def test_a_server_that_hangs_holds_no_search_up(server, pgpass, empty_run, trial
     mirror.finished(trial("a", stage="wide"))
     assert mirror.flush(FLUSH_SECONDS) is None
     backends = psutil.Process(server.process.pid).children()
-    for process in backends:
-        process.suspend()
     try:
+        for process in backends:
+            process.suspend()
         began = time.monotonic()
         for number in range(50):
             mirror.finished(trial(f"t{number}", stage="wide"))

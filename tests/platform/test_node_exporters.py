@@ -261,7 +261,7 @@ def test_an_exporter_that_two_lists_name_is_one_target(tmp_path):
     try:
         assert active_targets(port) == {("localhost:9500", None), ("n2.example:9500", "n2")}
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
 
 

@@ -11,7 +11,7 @@ import pytest
 from wattier import broken_amdsmi, ray_driver
 from wattier.errors import UserError
 from wattier.ray_cluster import missing_of
-from wattier.ray_driver import Driver, callback_of
+from wattier.ray_driver import Driver, callback_of, scheduler_of
 from wattier.records import Fidelity, Proposal
 from wattier.rundir import RunDir
 
@@ -52,7 +52,8 @@ def test_what_is_missing_is_said_with_figures():
 @pytest.fixture
 def driver(monkeypatch, tmp_path):
     """A driver whose clock and whose cluster the test turns."""
-    config = SimpleNamespace(resources=SimpleNamespace(stall_seconds=100.0))
+    resources = SimpleNamespace(stall_seconds=100.0, address="somewhere:6379")
+    config = SimpleNamespace(resources=resources, launcher="ray")
     stage = SimpleNamespace(config=config, fidelity=Fidelity("only", None, 1, 2), run=RunDir(tmp_path))
     driver = Driver(stage, None, None, {"CPU": 1.0})
     world = SimpleNamespace(now=1000.0, missing=None, lives=True)
@@ -75,6 +76,34 @@ def test_a_busy_cluster_is_waited_for_and_told_of_once(driver, caplog):
     (record,) = caplog.records
     assert "one waits since 60 s for 2 ranks" in record.getMessage()
     assert "others hold them" in record.getMessage()
+
+
+def test_a_private_cluster_that_starts_nothing_is_not_waited_for(driver, monkeypatch, caplog):
+    """There are no others who could hold its cores."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    driver.stage.config.resources.address = None
+    wait(driver, 90, "PENDING")
+    wait(driver, 10, "RUNNING", "PENDING")  # one came and went
+    wait(driver, 90, "PENDING")
+    with pytest.raises(UserError, match=r"no trial has begun for 100 s .* Ray is stuck"):
+        wait(driver, 20, "PENDING")
+    assert driver.problem is not None
+    assert not caplog.records
+
+
+def test_a_trial_that_tune_forgets_ends_as_one_that_failed(driver, tmp_path):
+    """Tune says nothing of one whose process was still unwinding: its policy would wait for it for ever."""
+    with broken_amdsmi.hidden(tmp_path / "hidden"):
+        scheduler, heard = scheduler_of(driver), []
+    searcher = SimpleNamespace(on_trial_complete=lambda trial_id, *, error: heard.append((trial_id, error)))
+    trials = [SimpleNamespace(trial_id=name, status=status) for name, status in (("a", "RUNNING"), ("b", "ERROR"))]
+    controller = SimpleNamespace(get_trials=lambda: trials, search_alg=searcher)
+    assert scheduler.choose_trial_to_run(controller) is None
+    assert heard == [], "b has ended as others do"
+    driver.started |= {name: Proposal(f"only-{name}", {}) for name in "ab"}
+    scheduler.choose_trial_to_run(controller)
+    assert heard == [("b", True)], "as Tune tells it of others, so that its own limits hear it too"
+    assert driver.reasons["b"].startswith("it never began")
 
 
 def test_a_cluster_that_is_too_small_is_waited_for_as_long_as_a_stall(driver, caplog):

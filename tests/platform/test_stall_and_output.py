@@ -158,7 +158,7 @@ class TestKeptOutput:
     def test_the_keeper_of_an_earlier_attempt_does_not_say_that_this_one_is_over(self, tmp_path, monkeypatch):
         monkeypatch.setattr(trial_output, "CLOSE_SECONDS", 0.2)
         with kept_output(tmp_path / "output.txt"):
-            child = subprocess.Popen(["sleep", "1"])  # which holds the pipe of the first attempt open
+            child = subprocess.Popen(["sleep", "3"])  # which holds the pipe of the first attempt open
         with kept_output(tmp_path / "output.txt"):
             child.wait(timeout=10)
             trial_output._LINGERING.pop().wait(timeout=10)

@@ -18,6 +18,8 @@ import psutil
 import pytest
 import yaml
 
+from wattier.ports import free_port
+
 REPOSITORY = Path(__file__).parents[2]
 PROBE = "import uuid, platform; print('system is', platform.system())"
 JOB = f"{PROBE}; import wattier; print('wattier is', wattier.__file__)"
@@ -38,12 +40,6 @@ def test_the_standard_library_wins_in_the_root_folder():
 def test_the_standard_library_wins_under_pytest():
     assert platform.system()
     assert not Path(platform.__file__).is_relative_to(REPOSITORY / "platform")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -106,7 +102,7 @@ def end(head):
     head.wait(timeout=5)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_the_standard_library_wins_in_a_ray_job(cluster, tmp_path):
     environment, address, head = cluster
     runtime = yaml.safe_load((REPOSITORY / "configs/ray/runtime_env.yaml").read_text())

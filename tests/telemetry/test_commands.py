@@ -1,6 +1,7 @@
 """The command line: watch in a real pseudo-terminal, recordings that are killed, reports, and the doctor."""
 
 import argparse
+import contextlib
 import json
 import os
 import pty
@@ -35,6 +36,16 @@ COMMAND = [sys.executable, "-m", "wattier_telemetry.cli"]
 HEADER = "time_seconds,device,power_watts"
 FULL = f"{HEADER},name,utilization_ratio,memory_used_bytes,memory_total_bytes,temperature_celsius,clock_hertz,"
 FULL += "throttle_reasons"
+
+
+@contextlib.contextmanager
+def started(command, **options):
+    """A command that ends with the block, also where it was not told to."""
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -175,12 +186,8 @@ class TestWatch:
         assert "r/s1/t7" in done.stdout
 
     def test_pipe_gets_blocks_without_escapes(self, gpu):
-        with subprocess.Popen(
-            [*COMMAND, "watch", "--period", "0.05", "--source", f"replay:{gpu}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
+        command = [*COMMAND, "watch", "--period", "0.05", "--source", f"replay:{gpu}"]
+        with started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
             text = "".join(process.stdout.readline() for _ in range(12))
             process.send_signal(signal.SIGINT)
             rest = process.stdout.read()
@@ -221,7 +228,7 @@ class TestRecord:
 
     def start(self, output, source, *more):
         command = [*COMMAND, "record", "--source", f"replay:{source}", "--output", str(output), "--period", "0.02"]
-        return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return started([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     @pytest.mark.parametrize("suffix", ["csv", "parquet"])
     def test_killed_recording_can_be_read(self, gpu, tmp_path, suffix):
@@ -444,7 +451,7 @@ class TestServe:
         options = ["--port", "0", "--period", "0.05", "--token-file", token, "--discovery", discovery]
         options += ["--names", "omnistat", "--allow", "127.0.0.0/8", "--spool", tmp_path / "spool", "--flush", "1"]
         command = [*COMMAND, "serve", "--source", f"replay:{gpu}", *map(str, options)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
             url = server.stdout.readline().split()[-1]
             (target,) = json.loads(discovery.read_text())
             assert target["targets"][0] in url

@@ -194,7 +194,7 @@ def minute(tmp_path_factory):
         log = stack.enter_context((folder / "log").open("wb"))
         server = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
         stack.callback(server.wait)
-        stack.callback(server.terminate)
+        stack.callback(server.kill)
         prom = Server(port)
         _wait_for_scrapes(prom, folder)
         begin, witness = time.time(), StallWitness(os.getpid(), server.pid)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from wattier.ports import free_port
 from wattier_telemetry.exporter.metrics import Point
 from wattier_telemetry.push import PUSH_METRICS, PushSink, sender
 from wattier_telemetry.push.remote_write import Target
@@ -32,12 +33,6 @@ AWAY_SECONDS = 60
 BINARIES = {"remote-write": "prometheus", "victoriametrics": "victoria-metrics"}
 HOSTILE = 'say "hi"\\n\n\\ \\" {x="y"} # é 中 \U0001f525 \t'
 both_servers = pytest.mark.parametrize("server", list(BINARIES), indirect=True)
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def get(url):
@@ -325,7 +320,9 @@ def read_request(client):
         int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
     )
     while len(body) < length:
-        body += client.recv(65536)
+        if not (more := client.recv(65536)):
+            return b""
+        body += more
     return head + b"\r\n\r\n" + body
 
 
