@@ -19,7 +19,7 @@ import typer
 from wattier.bench_cli import bench_app
 from wattier.data_cli import EXIT_INTERRUPTED, data_app
 from wattier.finetune_cli import finetune
-from wattier.interrupts import interrupt, keep_interrupts
+from wattier.interrupts import interrupt, interrupts_kept
 from wattier.predict_cli import predict
 from wattier.release_cli import push, verify
 from wattier.submit_cli import submit
@@ -363,9 +363,9 @@ def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2, a bug leaves its traceback in a file."""
     logging.basicConfig(level=os.environ.get("WATTIER_LOG_LEVEL", "WARNING"), format="%(name)s: %(message)s")
     signal.signal(signal.SIGTERM, interrupt)  # how Slurm and Ray jobs ask to stop
-    keep_interrupts()
     try:
-        app()
+        with interrupts_kept():
+            app()
     except Exception as error:  # noqa: BLE001  (the last line of defence)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f"{error.filename}: " if error.filename else ""

@@ -10,6 +10,8 @@ import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 AGAIN_SECONDS = 0.02  # a finalizer is over by then; if not, once more
 
@@ -27,8 +29,9 @@ def interrupt(number: int, _frame: object) -> None:
     raise Interrupted(signal.Signals(number).name, number)
 
 
-def keep_interrupts() -> None:
-    """From now on an interrupt that Python would swallow comes again."""
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """For the length of a block an interrupt that Python would swallow comes again; not while the interpreter ends."""
     otherwise = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
@@ -39,13 +42,21 @@ def keep_interrupts() -> None:
             otherwise(unraisable)
 
     sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = otherwise
 
 
 def _send_again(number: int) -> None:
-    main = threading.main_thread().ident
-    if main is None:
-        return
-    timer = threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, number))
+    timer = threading.Timer(AGAIN_SECONDS, _send, (number,))
     timer.daemon = True
     with contextlib.suppress(RuntimeError):  # the interpreter is on its way out, which is what was asked for
         timer.start()
+
+
+def _send(number: int) -> None:
+    main = threading.main_thread().ident
+    if main is not None:
+        is_heard = callable(signal.getsignal(number))  # who heard it may have given it back: then it would kill
+        signal.pthread_kill(main, number if is_heard else signal.SIGINT)

@@ -8,11 +8,11 @@ import socket
 
 from wattier.errors import UserError
 
-UNSOLICITED = range(20_000, 32_000)  # Linux hands out 32768 and up, Ray gives its workers 10002 to 19999
+UNSOLICITED = range(20_000, 32_000)  # by default Linux hands out 32768 and up, and Ray gives its workers 10002 to 19999
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago, and that no system hands out to others who ask for any port.
+    """A TCP port that was free a moment ago, and that no usual system hands out to others who ask for any port.
 
     Raises:
         UserError: a hundred of them are taken.
@@ -20,6 +20,6 @@ def free_port() -> int:
     for _ in range(100):
         port = secrets.choice(UNSOLICITED)
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("", port))  # on any address: a rank listens on its node's
             return port
     raise UserError("no free TCP port among a hundred of 20000 to 31999. Close some of the programs that listen there.")

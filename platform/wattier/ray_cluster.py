@@ -37,6 +37,7 @@ from wattier.launch import Stage, gpus_per_rank, usable_cpus
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # trials read the store from disk and pass only small records
 TOO_SLOW = "timed out during startup"  # Ray's word after 30 s
+KILL_SECONDS = 10.0
 LONGEST_ROOT = 12  # characters; a Unix socket's path has at most 107, of which our folder takes 31 and Ray's names 64
 
 Bundle = dict[str, float]
@@ -81,9 +82,7 @@ def cluster(resources: ResourcesSection) -> Iterator[str | None]:
 
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            context = _started(
-                private, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options
-            )
+            context = _started(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
         except ConnectionError as error:
             raise UserError(
                 f"resources.address: no Ray cluster answers at {options['address']!r} ({error}). "
@@ -99,18 +98,23 @@ def cluster(resources: ResourcesSection) -> Iterator[str | None]:
         yield f"http://{address}" if address else None
 
 
-def _started(private: bool, **options: Any) -> Any:
+def _started(**options: Any) -> Any:
     """`ray.init`; a machine that is so busy that Ray gives up its own start is given a second chance."""
     import ray
 
+    before = set(psutil.Process().children(recursive=True))
     try:
         return ray.init(**options)
     except Exception as error:
-        if not private or TOO_SLOW not in str(error):
+        if TOO_SLOW not in str(error):
             raise
         log.warning("Ray took too long to start on this machine; once more")
-        ray.shutdown()
-        return ray.init(**options)
+        half_started = set(psutil.Process().children(recursive=True)) - before  # Ray leaves them alone
+        for process in half_started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(list(half_started), timeout=KILL_SECONDS)
+        return ray.init(**options | {"_temp_dir": f"{options['_temp_dir']}2"})
 
 
 def scratch_folder(name: str) -> Path:

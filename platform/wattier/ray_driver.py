@@ -36,6 +36,7 @@ RESULT_WAIT_SECONDS = 60.0  # a stopped trial unwinds, and a shared file system 
 PLACE_LOOK_SECONDS = 2.0
 RAY_LOST = "its owner has died"  # in what Ray says of a trial's process: the owner is this command's own connection
 TELL_SECONDS = 60.0
+SHORTEST_STUCK_SECONDS = 300.0  # a process may take a minute to leave its last trial, and another to begin the next
 NO_PROCESS = "it never began: the process it was to have took too long to leave its last trial"
 # How Ray's exceptions begin to tell that a process is gone, and not that it raised something.
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "The actor ", RAY_MEMORY)
@@ -64,6 +65,7 @@ class Driver:
     no_place_since: float | None = None
     waits_since: float | None = None
     has_told: bool = False
+    tunes_search: Any = None  # what Tune has put around our searcher
     look_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -117,6 +119,7 @@ class Driver:
     def begins(self, tune_id: str) -> None:
         """An attempt of a trial begins."""
         self.reasons.pop(tune_id, None)
+        self.waits_since = None
         self.watch.started(tune_id, self.folder(tune_id))
 
     def stops(self, tune_id: str) -> None:
@@ -143,14 +146,10 @@ class Driver:
             self.problem = problem
             raise
 
-    def forgotten(self, trials: list[Any]) -> list[str]:
-        """Ids of trials that Tune has given up without a word: the process they were to have was still unwinding."""
-        open_ids = self.started.keys() - self.unwinding.keys()
-        return [trial.trial_id for trial in trials if trial.trial_id in open_ids and trial.status == "ERROR"]
-
     def look_after(self, trials: list[Any]) -> None:
         """Kill what has stalled; give up when the cluster has lost what trials need."""
         self.collect()
+        self._end_forgotten(trials)
         stalled = self.watch.stalled()
         for trial in trials if stalled else ():
             if trial.trial_id in stalled and trial.temporary_state.ray_actor is not None:
@@ -163,6 +162,17 @@ class Driver:
                 log.warning("%s: %s", self.started[trial.trial_id].trial_id, reason)
                 _kill(trial.temporary_state.ray_actor)
         self._look_for_a_place(trials)
+
+    def _end_forgotten(self, trials: list[Any]) -> None:
+        """End trials that Tune gave up without a word: the process they were to have was still leaving its last one.
+
+        By way of Tune's own search, which counts how many run.
+        """
+        open_ids = self.started.keys() - self.unwinding.keys()
+        for trial in trials:
+            if trial.status == "ERROR" and trial.trial_id in open_ids:
+                self.reasons.setdefault(trial.trial_id, NO_PROCESS)
+                self.tunes_search.on_trial_complete(trial.trial_id, error=True)
 
     def _ray_is_lost(self) -> None:
         self.problem = UserError(
@@ -203,23 +213,23 @@ class Driver:
         """Say once that the cluster is busy with somebody else's work; give up where there is nobody else."""
         if self.waits_since is None:
             self.waits_since, self.has_told = now, False
-        if runs_here(self.stage.config):
-            if now - self.waits_since >= longest:
-                self.problem = UserError(
-                    f"stage {self.stage.fidelity.stage!r}: no trial has begun for {longest:g} s "
-                    "(resources.stall_seconds), though all of this machine is free for one: Ray is stuck. Start the "
-                    "same command again; it goes on from here."
-                )
-                raise self.problem
-        elif now - self.waits_since >= TELL_SECONDS and not self.has_told:
+        alone = runs_here(self.stage.config)
+        longest = max(longest, SHORTEST_STUCK_SECONDS)
+        if alone and now - self.waits_since >= longest:
+            self.problem = UserError(
+                f"stage {self.stage.fidelity.stage!r}: no trial has begun for {longest:g} s, though this machine's Ray "
+                "runs nothing else: it is stuck. Start the same command again; it goes on from here."
+            )
+            raise self.problem
+        if now - self.waits_since >= TELL_SECONDS and not self.has_told:
             self.has_told = True
             log.warning(
-                "stage %r: no trial runs, and one waits since %g s for %d ranks of %s: the cluster has them, but "
-                "others hold them",
+                "stage %r: no trial runs, and one waits since %g s for %d ranks of %s: the cluster has them, but %s",
                 self.stage.fidelity.stage,
                 TELL_SECONDS,
                 self.stage.fidelity.ranks,
                 self.bundle,
+                "Ray has begun no process for it" if alone else "others hold them",
             )
 
 
@@ -299,11 +309,9 @@ def scheduler_of(driver: Driver) -> Any:
         def on_trial_error(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
             driver.failed(trial.trial_id, _last_failure(Path(trial.error_file)))
 
-        def choose_trial_to_run(self, tune_controller: Any) -> Any:
-            for trial_id in driver.forgotten(tune_controller.get_trials()):
-                driver.reasons.setdefault(trial_id, NO_PROCESS)
-                tune_controller.search_alg.on_trial_complete(trial_id, error=True)
-            return super().choose_trial_to_run(tune_controller)
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            driver.tunes_search = tune_controller.search_alg
+            super().on_trial_add(tune_controller, trial)
 
         def __reduce__(self) -> tuple[Any, ...]:
             return (FIFOScheduler, ())

@@ -114,6 +114,7 @@ class EnergyMeter:
         self._notes: list[str] = []
         self._lock = threading.RLock()
         self._stop = threading.Event()
+        self._is_closing = False
         self._thread: threading.Thread | None = None
         self._start_seconds = 0.0
         self._opened_at: float | None = None
@@ -158,12 +159,15 @@ class EnergyMeter:
         """Take the last reading and put the exact report into the journal. Closing twice is harmless."""
         if self._opened_at is None or self._report is not None or os.getpid() != self._pid:
             return
-        if not self._stop.is_set():  # a signal handler may close the meter while it is closed
+        if not self._is_closing:  # else a signal handler has come in the middle of this, and waits for none of it
+            self._is_closing = True
             self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+            if self._thread is not None:
+                self._thread.join()
         self._wait_for_the_device()
         with self._lock:
+            if self._report is not None:
+                return
             now = self._sample()
             try:
                 self._look_back(now)

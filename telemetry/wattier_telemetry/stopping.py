@@ -12,6 +12,8 @@ import signal
 import threading
 import weakref
 
+LONGEST_SECONDS = 2_000_000.0  # that poll can be told in milliseconds
+
 
 class SignalEvent(threading.Event):
     """A `threading.Event` without a lock: a flag, and a pipe that is readable once it is set. It is never cleared."""
@@ -20,7 +22,7 @@ class SignalEvent(threading.Event):
         super().__init__()
         self._is_set = False
         self._read_end, self._write_end = os.pipe()
-        weakref.finalize(self, _close, self._read_end, self._write_end)
+        weakref.finalize(self, _close, self._read_end, self._write_end).atexit = False  # a handler may still set it
 
     def is_set(self) -> bool:
         """Whether it was set."""
@@ -37,11 +39,11 @@ class SignalEvent(threading.Event):
         raise RuntimeError("a SignalEvent is not cleared; make a new one")
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is set, or for `timeout` seconds; returns whether it is set."""
+        """Wait until it is set, or for `timeout` seconds, 24 days at most; returns whether it is set."""
         if not self._is_set:
             poll = select.poll()
             poll.register(self._read_end, select.POLLIN)
-            poll.poll(None if timeout is None else 1000 * max(0.0, timeout))
+            poll.poll(None if timeout is None else 1000 * min(max(0.0, timeout), LONGEST_SECONDS))
         return self._is_set
 
 

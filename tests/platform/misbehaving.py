@@ -121,6 +121,14 @@ def crashes(context):
     ctypes.string_at(0)
 
 
+def leaves_slowly(context):
+    """When it is stopped it takes longer to leave than Tune waits for a process to be free again."""
+    try:
+        behaves(context)
+    finally:
+        time.sleep(6)
+
+
 def hangs(context):
     time.sleep(1000)
 

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -276,6 +277,47 @@ class TestRay(MisbehaviourContract):
         logs = [path for root in scratch_folders() for path in root.rglob("logs/*")]
         assert logs
         assert sum(p.stat().st_size for p in logs if p.is_file()) < misbehaving.SHOUTED_BYTES / 10
+
+
+LEAVES_SLOWLY = """if True:
+    import json, os, sys
+    from pathlib import Path
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "1"
+    import misbehaving
+    from wattier.launch import Stage
+    from wattier.policy import FixedPolicy
+    from wattier.ray_backend import RayLauncher
+    from wattier.records import Fidelity, Proposal
+    from wattier.rundir import RunDir
+
+    class StopsTheFirst(FixedPolicy):
+        def on_epoch(self, trial_id, record):
+            return trial_id != "only-000"
+
+    run, launcher, heard = RunDir.open(Path(sys.argv[1])), RayLauncher(), {}
+    config = run.config()
+    config = config.model_copy(update={"search": config.search.model_copy(update={"max_concurrent": 1})})
+    stage = Stage(run, config, Fidelity("only", None, 2, 1), 3)
+    deeds = ("leaves_slowly", "behaves", "behaves")
+    proposals = [Proposal(f"only-{i:03d}", {"do": deed}) for i, deed in enumerate(deeds)]
+    launcher.run(stage, StopsTheFirst(proposals), misbehaving.run, lambda row: heard.update({row.trial_id: row.error}))
+    launcher.close()
+    print(json.dumps(heard))
+"""
+
+
+def test_one_that_leaves_slowly_costs_the_next_its_process_and_no_more(stage_of):
+    """Tune forgets the trial that was to have the process, and lets no other begin as long as it is thought to run."""
+    here = str(Path(__file__).parent)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": here}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_SLOWLY, stage_of(cpus_per_rank=min(2, os.cpu_count())).run.path],
+        capture_output=True, text=True, timeout=200, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert errors.pop("only-001").startswith("it never began: the process it was to have took too long")
+    assert errors == {"only-000": None, "only-002": None}
 
 
 def test_the_table_names_every_deed_once():

@@ -78,30 +78,50 @@ def test_a_busy_cluster_is_waited_for_and_told_of_once(driver, caplog):
     assert "others hold them" in record.getMessage()
 
 
-def test_a_private_cluster_that_starts_nothing_is_not_waited_for(driver, monkeypatch, caplog):
-    """There are no others who could hold its cores."""
+@pytest.fixture
+def alone(driver, monkeypatch):
+    """A driver with a private cluster."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     driver.stage.config.resources.address = None
-    wait(driver, 90, "PENDING")
-    wait(driver, 10, "RUNNING", "PENDING")  # one came and went
-    wait(driver, 90, "PENDING")
-    with pytest.raises(UserError, match=r"no trial has begun for 100 s .* Ray is stuck"):
-        wait(driver, 20, "PENDING")
-    assert driver.problem is not None
-    assert not caplog.records
+    return driver
+
+
+def test_a_private_cluster_that_starts_nothing_is_not_waited_for(alone, caplog):
+    """There are no others who could hold its cores; five minutes at least, here more than stall_seconds."""
+    wait(alone, 290, "PENDING")
+    wait(alone, 10, "RUNNING", "PENDING")  # one came and went
+    wait(alone, 290, "PENDING")
+    with pytest.raises(UserError, match=r"no trial has begun for 300 s, .* it is stuck"):
+        wait(alone, 20, "PENDING")
+    assert alone.problem is not None
+    assert ["begun no process" in record.getMessage() for record in caplog.records] == [True, True], "told once a wait"
+
+
+def test_trials_that_begin_and_fail_between_two_looks_are_seen(alone):
+    alone.started["t"] = Proposal("only-000", {})
+    alone.stage.run.trial_folder = lambda *_: alone.stage.run.path
+    for _ in range(10):
+        wait(alone, 200, "PENDING")
+        alone.begins("t")
+
+
+def test_where_stalls_are_not_watched_for_it_is_only_told(alone, caplog):
+    alone.watch.stall_seconds = None
+    wait(alone, 5000, "PENDING")
+    assert len(caplog.records) == 1
 
 
 def test_a_trial_that_tune_forgets_ends_as_one_that_failed(driver, tmp_path):
-    """Tune says nothing of one whose process was still unwinding: its policy would wait for it for ever."""
+    """Tune says nothing of one whose process was still leaving its last trial: its policy would wait for ever."""
     with broken_amdsmi.hidden(tmp_path / "hidden"):
         scheduler, heard = scheduler_of(driver), []
-    searcher = SimpleNamespace(on_trial_complete=lambda trial_id, *, error: heard.append((trial_id, error)))
+    search = SimpleNamespace(on_trial_complete=lambda trial_id, *, error: heard.append((trial_id, error)))
     trials = [SimpleNamespace(trial_id=name, status=status) for name, status in (("a", "RUNNING"), ("b", "ERROR"))]
-    controller = SimpleNamespace(get_trials=lambda: trials, search_alg=searcher)
-    assert scheduler.choose_trial_to_run(controller) is None
+    scheduler.on_trial_add(SimpleNamespace(search_alg=search), trials[0])
+    driver.look_after(trials)
     assert heard == [], "b has ended as others do"
     driver.started |= {name: Proposal(f"only-{name}", {}) for name in "ab"}
-    scheduler.choose_trial_to_run(controller)
+    driver.look_after(trials)
     assert heard == [("b", True)], "as Tune tells it of others, so that its own limits hear it too"
     assert driver.reasons["b"].startswith("it never began")
 

@@ -375,6 +375,25 @@ def test_a_signal_handler_may_close_the_meter_while_it_is_read():
         assert running.report.joules == pytest.approx(100 * running.report.seconds, rel=1e-5)
 
 
+def test_a_signal_handler_may_close_the_meter_while_it_is_closed():
+    """A handler that comes while the event that stops its thread holds its lock would wait for itself."""
+    running = EnergyMeter(ScriptedSource(g=100.0), interval_seconds=0.02)
+    seen = []
+
+    class Interrupted(threading.Event):
+        def set(self):
+            with self._cond:
+                running.close()
+                seen.append(running.report)
+            super().set()
+
+    running._stop = Interrupted()
+    with running:
+        time.sleep(0.1)
+    assert [running.report] == seen, "it was closed once"
+    assert not running._thread.is_alive()
+
+
 def test_a_forked_child_leaves_its_parents_window_and_journal_alone(trace, tmp_path):
     path = tmp_path / "a.energy.json"
     with EnergyMeter(open_source(f"replay:{trace('0,g,100')}"), journal=path, interval_seconds=0.05) as running:

@@ -50,7 +50,7 @@ def test_it_is_an_event():
     event.set()
     assert event.is_set()
     assert event.wait()
-    assert event.wait(1000)
+    assert event.wait(1e9)
     with pytest.raises(RuntimeError, match="not cleared"):
         event.clear()
 
@@ -64,6 +64,12 @@ def test_all_who_wait_are_woken():
     for thread in threads:
         thread.join(20)
     assert woken == [True] * 5
+
+
+def test_it_may_be_waited_for_as_long_as_one_likes():
+    event = SignalEvent()
+    threading.Timer(0.1, event.set).start()
+    assert event.wait(1e9)
 
 
 def test_its_pipe_goes_with_it():
