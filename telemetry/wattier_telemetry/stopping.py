@@ -12,8 +12,6 @@ import signal
 import threading
 import weakref
 
-LONGEST_SECONDS = 2_000_000.0  # that poll can be told in milliseconds
-
 
 class SignalEvent(threading.Event):
     """A `threading.Event` without a lock: a flag, and a pipe that is readable once it is set. It is never cleared."""
@@ -39,11 +37,9 @@ class SignalEvent(threading.Event):
         raise RuntimeError("a SignalEvent is not cleared; make a new one")
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is set, or for `timeout` seconds, 24 days at most; returns whether it is set."""
+        """Wait until it is set, or for `timeout` seconds; returns whether it is set."""
         if not self._is_set:
-            poll = select.poll()
-            poll.register(self._read_end, select.POLLIN)
-            poll.poll(None if timeout is None else 1000 * min(max(0.0, timeout), LONGEST_SECONDS))
+            select.select([self._read_end], [], [], None if timeout is None else max(0.0, timeout))
         return self._is_set
 
 
