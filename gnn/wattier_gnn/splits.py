@@ -17,9 +17,11 @@ def deal_groups(  # noqa: PLR0913  (most are keywords)
 ) -> Any:
     """One of 0 (train), 1 (val), 2 (test) for each group of one source: int8 [G].
 
-    Groups are shuffled, then dealt out until every split has its share of structures. A group that holds an element not
-    yet in training goes to training: a composition baseline for an element never seen would be a guess. So does a group
-    larger than a whole share, unless val or test would stay empty.
+    Groups are shuffled. One that holds an element not yet in training goes to training: a composition baseline for an
+    element never seen would be a guess. The others are shuffled anew, and dealt out until val and test have their share
+    of structures; in the first order rare elements come late, and the split that is dealt last would get more of them.
+    So val and test are alike but for chance, which intervals that are calibrated on one and hold on the other rest on.
+    A group larger than a whole share goes to training, unless val or test would stay empty.
 
     Args:
         names: of the groups; the shuffle depends on them and on the seed, not on their order here.
@@ -38,14 +40,15 @@ def deal_groups(  # noqa: PLR0913  (most are keywords)
     for mask in (masks[k] for k in np.flatnonzero(split == TRAIN)):
         covered |= mask
     fresh = sorted(np.flatnonzero(split == UNDEALT).tolist(), key=names.__getitem__)
-    shuffled = [fresh[k] for k in np.random.default_rng(seed).permutation(len(fresh))]
+    random = np.random.default_rng(seed)
     rest = []
-    for group in shuffled:
+    for group in (fresh[k] for k in random.permutation(len(fresh))):
         if masks[group] & ~covered:
             covered |= masks[group]
             split[group] = TRAIN
         else:
             rest.append(group)
+    rest = [rest[k] for k in random.permutation(len(rest))]
     for group in rest:
         room = (part for part in (TEST, VAL) if filled[part] < held_out[part] and sizes[group] <= held_out[part])
         split[group] = part = next(room, TRAIN)

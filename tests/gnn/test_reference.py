@@ -188,6 +188,20 @@ def test_splits_are_reproducible_and_depend_on_the_seed() -> None:
     assert (shuffled[::-1] == first).all()
 
 
+def test_val_and_test_are_alike_but_for_chance() -> None:
+    """A tenth of the groups has a rare element: over many seeds as many of them in validation as in test."""
+    groups = [str(k) for k in range(120)]
+    elements = [frozenset({1, 20 + k // 20} if k % 10 == 0 else {1}) for k in range(120)]
+    rare = np.array([len(present) > 1 for present in elements])
+    more_in_test = []
+    for seed in range(400):
+        split = split_by_group(groups, elements, {"train": 0.6, "val": 0.2, "test": 0.2}, seed)
+        more_in_test.append(int(rare[split == TEST].sum()) - int(rare[split == VAL].sum()))
+    standard_error = np.std(more_in_test) / np.sqrt(len(more_in_test))
+    assert standard_error > 0
+    assert abs(np.mean(more_in_test)) < 3 * standard_error
+
+
 def test_groups_that_were_dealt_stay_where_they_are() -> None:
     """A store is added to: what is new is dealt around what is there, until the shares are met again."""
     names = [f"g{k}" for k in range(600)]
