@@ -553,14 +553,15 @@ def test_add_never_waits_for_a_server_that_hangs(sink, caplog):
     with socket.create_server(("127.0.0.1", 0)) as hung:  # accepts, and never says a word
         one = sink(f"http://127.0.0.1:{hung.getsockname()[1]}", flush_seconds=1)
         points = [Point("m", (("uuid", str(n)),), float(n)) for n in range(200)]
-        seconds = []
+        waited = []  # neither at work nor in the run queue
         for _ in range(1200):
-            start, held_up = time.perf_counter(), run_queue_seconds()
+            start, held_up, at_work = time.perf_counter(), run_queue_seconds(), time.thread_time()
             one.add(time.time(), points)
-            seconds.append(time.perf_counter() - start - (run_queue_seconds() - held_up))
+            at_work, held_up = time.thread_time() - at_work, run_queue_seconds() - held_up
+            waited.append(time.perf_counter() - start - held_up - at_work)
             time.sleep(0.01)
-        assert sorted(seconds)[len(seconds) // 2] < 200 * 1e-6  # a microsecond a point
-        assert max(seconds) < 0.5
+        assert sorted(waited)[len(waited) // 2] < 200 * 1e-6
+        assert max(waited) < 0.5
         assert figure(one, "wattier_push_failures_total", reason="timeout") >= 1
         assert figure(one, "wattier_spool_batches") >= 8
         assert "does not answer within 10 s" in caplog.text
