@@ -110,7 +110,7 @@ def drift_ev_per_picosecond(energies: Any, length: float) -> float:
 
 @pytest.mark.parametrize(
     ("source", "formula", "step_femtoseconds"),
-    [("ani1x", "C2H4", 0.5), ("mptrj", "Al6Pd2", 2.0)],
+    [("ani1x", "C2H4O", 0.5), ("mptrj", "Pd6Zn2", 2.0)],
     ids=["molecule", "crystal"],
 )
 def test_dynamics_keeps_the_energy(potential: Potential, source: str, formula: str, step_femtoseconds: float) -> None:
@@ -139,7 +139,7 @@ def test_forces_of_a_head_drift_and_the_gradient_does_not(store: Store, tmp_path
     ensemble = Ensemble((trained(store, tmp_path, "vector", 2),), store.references)
     drifts = {}
     for conservative in (False, True):
-        atoms = Potential(store, ensemble).held_out("ani1x", "C2H4")
+        atoms = Potential(store, ensemble).held_out("ani1x", "C2H4O")
         atoms.calc = WattierCalculator(ensemble, "ani1x", conservative=conservative)
         assert atoms.calc.is_conservative is conservative
         energies = energies_of_dynamics(atoms, temperature_kelvin=300, step_femtoseconds=0.25, length=50)
@@ -149,7 +149,7 @@ def test_forces_of_a_head_drift_and_the_gradient_does_not(store: Store, tmp_path
 
 @pytest.mark.parametrize(
     ("source", "formula", "cell"),
-    [("ani1x", "C2H4", False), ("mptrj", "Al6Pd2", True), ("oc20", "Cu6OPt6", False)],
+    [("ani1x", "C2H4O", False), ("mptrj", "Pd6Zn2", True), ("oc20", "Ag6ORh6", False)],
     ids=["molecule", "bulk", "slab"],
 )
 def test_relaxations_of_released_frames_converge(potential: Potential, source: str, formula: str, cell: bool) -> None:
@@ -173,7 +173,7 @@ def test_the_error_of_energies_is_of_the_second_order(potential: Potential) -> N
     """Velocity Verlet on a smooth energy: half the step, a quarter of the fluctuation."""
     spans = []
     for step in (1.0, 0.5):
-        atoms = potential.held_out("ani1x", "C2H4")
+        atoms = potential.held_out("ani1x", "C2H4O")
         atoms.calc = WattierCalculator(potential.ensemble, "ani1x", precision="float64")
         assert relaxed(atoms)
         energies = energies_of_dynamics(atoms, temperature_kelvin=150, step_femtoseconds=step, length=40)
