@@ -67,6 +67,8 @@ def test_killed_and_run_again(tiny: Workplace, moment) -> None:
 def test_a_worker_and_then_ray_itself_are_killed(tiny: Workplace) -> None:
     """First a worker, whose trial is tried again in the same run; then the GCS, and in the next run the raylet."""
     tiny.environment |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # Ray's own patience is a minute
+    tiny.config["full_training"] = {"epochs": 150, "early_stop_patience": 150}  # five ranks lose a moment here, not one
+    tiny.write()
     process = tiny.start("run", "config.yaml", witnessed=True)
     wait_for(process, lambda: kill_in_search(tiny) and working(process))
     working(process)[0].kill()
